@@ -1,0 +1,195 @@
+"""Meshes and rules: how many devices each axis has, and which axis splits which dimension.
+
+A mesh always has all six axes, most of them of size 1, so that one set of rules serves every mesh.
+All axes are `Explicit`: a sharding is part of an array's type, and a contraction over a sharded
+dimension has to say with `out_sharding=` where its result goes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxgen.errors import UserError
+
+AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
+BATCH_AXES = ("data", "fsdp")
+UNSUPPORTED_AXES = ("pipeline", "context", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. One axis may be -1: it takes all devices that are left."""
+
+    data: int = 1
+    """Replicas of the model; each takes its own rows of the batch."""
+    fsdp: int = -1
+    """Shards of parameters, gradients and optimizer state; each also takes its own rows."""
+    pipeline: int = 1
+    """Stages of layers. Not supported yet: must be 1."""
+    context: int = 1
+    """Shards of the sequence. Not supported yet: must be 1."""
+    tensor: int = 1
+    """Shards of heads, MLP width and vocabulary inside every layer."""
+    expert: int = 1
+    """Shards of the experts. Not supported yet: must be 1."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every axis as given, -1 included, in mesh order."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """Returns this mesh with -1 replaced.
+
+        Raises:
+            UserError: the axes do not multiply to `num_devices`; the message proposes a mesh.
+        """
+        sizes = self.sizes
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise UserError(f"mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis may be")
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{axis}={size}; use a positive number, or -1 for the rest")
+        for axis in UNSUPPORTED_AXES:
+            if sizes[axis] != 1:
+                raise UserError(
+                    f"mesh.{axis}={sizes[axis]} is not supported yet; "
+                    f"set mesh.{axis}=1 and split over data, fsdp or tensor"
+                )
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if free and num_devices % fixed == 0:
+            return dataclasses.replace(self, **{free[0]: num_devices // fixed})
+        if fixed == num_devices:
+            return self
+        given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        tensor = math.gcd(max(self.tensor, 1), num_devices)
+        data = math.gcd(max(self.data, 1), num_devices // tensor)
+        fsdp = num_devices // tensor // data
+        raise UserError(
+            f"mesh {given or 'of one device'} needs {'a multiple of ' if free else ''}{fixed} "
+            f"devices and there are {num_devices}; "
+            f"use data={data} fsdp={fsdp} tensor={tensor}, or --devices {fixed} to simulate it"
+        )
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh over `devices` (default: all), neighbours on the torus kept together.
+
+    Use it with `jax.set_mesh(make_mesh(...))`. `devices` may be described ones
+    (`jax.experimental.topologies`), which compile but do not run.
+
+    Raises:
+        UserError: the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    config = (config or MeshConfig()).resolve(len(devices))
+    return jax.make_mesh(
+        tuple(config.sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices
+    )
+
+
+def simulate_devices(num_devices: int) -> None:
+    """Makes this process see `num_devices` CPU devices. Call it before JAX touches a device."""
+    if num_devices < 1:
+        raise UserError(f"--devices {num_devices}; use a positive number of devices to simulate")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which mesh axes split each logical axis. The fields are the closed set of logical axes."""
+
+    # Parameters.
+    vocab: Axes = "tensor"
+    embed: Axes = "fsdp"
+    heads: Axes = "tensor"
+    kv_heads: Axes = "tensor"
+    head_dim: Axes = None
+    mlp: Axes = "tensor"
+    expert: Axes = "expert"
+    layers: Axes = "pipeline"
+    # Activations.
+    batch: Axes = BATCH_AXES
+    seq: Axes = "context"
+    act_embed: Axes = None
+    act_heads: Axes = "tensor"
+    act_mlp: Axes = "tensor"
+    act_vocab: Axes = "tensor"
+
+    def __post_init__(self):
+        for name, axes in self.items():
+            for axis in _as_tuple(axes):
+                if axis not in AXES:
+                    raise UserError(
+                        f"rules.{name}={axes!r}: no mesh axis {axis!r}; use {', '.join(AXES)}"
+                    )
+
+    def items(self) -> list[tuple[str, Axes]]:
+        """Every (logical axis, mesh axes) pair."""
+        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+
+    def __call__(self, *names: str | None, reduced: Sequence[str] = ()) -> PartitionSpec:
+        """Returns the spec of an array whose dimensions have these logical axes.
+
+        Args:
+            *names: one logical axis a dimension; None for a dimension that is never split.
+            reduced: mesh axes over which the value is the same everywhere and over which its
+                gradient is left as a partial sum, to be reduced where the value came from.
+
+        Raises:
+            UserError: an unknown name, or two dimensions on one mesh axis.
+        """
+        spec, taken = [], {}
+        for name in names:
+            if name is not None and not hasattr(type(self), name):
+                known = ", ".join(n for n, _ in self.items())
+                raise UserError(f"no logical axis {name!r}; use one of {known}")
+            axes = None if name is None else getattr(self, name)
+            for axis in _as_tuple(axes):
+                if axis in taken:
+                    raise UserError(
+                        f"rules.{taken[axis]} and rules.{name} both split over mesh axis {axis!r} "
+                        f"in one array {names}; set rules.{name}=None to replicate it"
+                    )
+                taken[axis] = name
+            spec.append(axes)
+        return PartitionSpec(*spec, reduced=frozenset(reduced))
+
+    def shards(self, name: str, mesh: Mesh) -> int:
+        """Into how many parts the logical axis is split on this mesh."""
+        return math.prod(mesh.shape[axis] for axis in _as_tuple(getattr(self, name)))
+
+    def check(self, mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+        """Checks that every dimension divides into its shards.
+
+        Args:
+            mesh: the mesh to run on.
+            sizes: logical axis -> (the config field it comes from, its size).
+
+        Raises:
+            UserError: the first that does not, with a way out.
+        """
+        for name, (field, size) in sizes.items():
+            parts = self.shards(name, mesh)
+            if size % parts:
+                axes = _as_tuple(getattr(self, name))
+                given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+                way = f"{given.split('=')[0]}={math.gcd(size, parts)}" if len(axes) == 1 else (
+                    f"a multiple of {parts}"
+                )
+                advice = f"use {way}" if name == "batch" else (
+                    f"use {way}, or rules.{name}=None to replicate it"
+                )
+                raise UserError(f"{field}={size} is not divisible by {given}; {advice}")
+
+
+def _as_tuple(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
