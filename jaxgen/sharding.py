@@ -76,7 +76,9 @@ class MeshConfig:
         )
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Returns a mesh over `devices` (default: all), neighbours on the torus kept together.
 
     Use it with `jax.set_mesh(make_mesh(...))`. `devices` may be described ones
@@ -115,10 +117,10 @@ class Rules:
     head_dim: Axes = None
     mlp: Axes = "tensor"
     expert: Axes = "expert"
-    layers: Axes = "pipeline"
+    layers: Axes = None
     # Activations.
     batch: Axes = BATCH_AXES
-    seq: Axes = "context"
+    seq: Axes = None
     act_embed: Axes = None
     act_heads: Axes = "tensor"
     act_mlp: Axes = "tensor"
@@ -126,7 +128,7 @@ class Rules:
 
     def __post_init__(self):
         for name, axes in self.items():
-            for axis in _as_tuple(axes):
+            for axis in logical_to_mesh(axes):
                 if axis not in AXES:
                     raise UserError(
                         f"rules.{name}={axes!r}: no mesh axis {axis!r}; use {', '.join(AXES)}"
@@ -136,13 +138,11 @@ class Rules:
         """Every (logical axis, mesh axes) pair."""
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
 
-    def __call__(self, *names: str | None, reduced: Sequence[str] = ()) -> PartitionSpec:
+    def __call__(self, *names: str | None) -> PartitionSpec:
         """Returns the spec of an array whose dimensions have these logical axes.
 
         Args:
             *names: one logical axis a dimension; None for a dimension that is never split.
-            reduced: mesh axes over which the value is the same everywhere and over which its
-                gradient is left as a partial sum, to be reduced where the value came from.
 
         Raises:
             UserError: an unknown name, or two dimensions on one mesh axis.
@@ -153,7 +153,7 @@ class Rules:
                 known = ", ".join(n for n, _ in self.items())
                 raise UserError(f"no logical axis {name!r}; use one of {known}")
             axes = None if name is None else getattr(self, name)
-            for axis in _as_tuple(axes):
+            for axis in logical_to_mesh(axes):
                 if axis in taken:
                     raise UserError(
                         f"rules.{taken[axis]} and rules.{name} both split over mesh axis {axis!r} "
@@ -161,11 +161,24 @@ class Rules:
                     )
                 taken[axis] = name
             spec.append(axes)
-        return PartitionSpec(*spec, reduced=frozenset(reduced))
+        return PartitionSpec(*spec)
+
+    def gathered(self, *names: str | None) -> PartitionSpec:
+        """Returns the spec of a parameter as it is computed with: whole over all batch axes.
+
+        `reduced` says that every device holds the same value along those axes and that the gradient
+        stays a partial sum there until it reaches the stored parameter.
+        """
+        split = logical_to_mesh(self.batch) + logical_to_mesh(self.seq)
+        spec = []
+        for axes in self(*names):
+            left = tuple(axis for axis in logical_to_mesh(axes) if axis not in split)
+            spec.append(left if len(left) > 1 else left[0] if left else None)
+        return PartitionSpec(*spec, reduced=frozenset(split))
 
     def shards(self, name: str, mesh: Mesh) -> int:
         """Into how many parts the logical axis is split on this mesh."""
-        return math.prod(mesh.shape[axis] for axis in _as_tuple(getattr(self, name)))
+        return math.prod(mesh.shape[axis] for axis in logical_to_mesh(getattr(self, name)))
 
     def check(self, mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
         """Checks that every dimension divides into its shards.
@@ -180,16 +193,21 @@ class Rules:
         for name, (field, size) in sizes.items():
             parts = self.shards(name, mesh)
             if size % parts:
-                axes = _as_tuple(getattr(self, name))
+                axes = logical_to_mesh(getattr(self, name))
                 given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-                way = f"{given.split('=')[0]}={math.gcd(size, parts)}" if len(axes) == 1 else (
-                    f"a multiple of {parts}"
+                way = (
+                    f"{given.split('=')[0]}={math.gcd(size, parts)}"
+                    if len(axes) == 1
+                    else (f"a multiple of {parts}")
                 )
-                advice = f"use {way}" if name == "batch" else (
-                    f"use {way}, or rules.{name}=None to replicate it"
+                advice = (
+                    f"use {way}"
+                    if name == "batch"
+                    else (f"use {way}, or rules.{name}=None to replicate it")
                 )
                 raise UserError(f"{field}={size} is not divisible by {given}; {advice}")
 
 
-def _as_tuple(axes: Axes) -> tuple[str, ...]:
+def logical_to_mesh(axes: Axes) -> tuple[str, ...]:
+    """The mesh axes of one field of `Rules`, as a tuple."""
     return () if axes is None else (axes,) if isinstance(axes, str) else axes

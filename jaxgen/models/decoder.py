@@ -1,0 +1,295 @@
+"""The decoder-only transformer: one definition for every dense family, for training and serving.
+
+B batch, T queries, S cache slots, D embed, V vocab, L layers, K kv heads, H head dim.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxgen.errors import UserError
+from jaxgen.nn.block import Layer, LayerCache, Sight, Span
+from jaxgen.nn.cross_entropy import cross_entropy
+from jaxgen.nn.layers import ACTIVATIONS, Maker, RMSNorm, embed, soft_cap
+from jaxgen.nn.rope import RopeScaling, rotation
+from jaxgen.nn.stack import Remat, gather, run, unstack
+from jaxgen.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder: what a checkpoint means."""
+
+    vocab_size: int
+    """Tokens in the embedding table."""
+    num_layers: int
+    """Layers."""
+    embed_dim: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    """Width of one head; even, for RoPE."""
+    mlp_dim: int
+    """Width of the gated MLP."""
+    max_seq_len: int
+    """Tokens in the longest sequence the model is meant for."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How positions past the trained length are read; None leaves them as they are."""
+    rope_local_theta: float | None = None
+    """Base in local layers, which are never scaled; None for the same as everywhere."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    norm_plus_one: bool = False
+    """Whether norm scales are stored less one (Gemma)."""
+    norms: Literal["pre", "post", "pre_post"] = "pre"
+    """Norms before each block, after it, or both (Gemma 2 and 3)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """Of the gate."""
+    tie_embeddings: bool = False
+    """Whether the output layer is the embedding table."""
+    embed_scale: float | None = None
+    """Factor on embeddings (Gemma: sqrt(embed_dim)); None for 1."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen 2)."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head before RoPE (Qwen 3, Gemma 3)."""
+    attention_scale: float | None = None
+    """Factor on attention scores; None for head_dim ** -0.5."""
+    attention_soft_cap: float | None = None
+    """Scores s become cap * tanh(s / cap) (Gemma 2)."""
+    logit_soft_cap: float | None = None
+    """The same for the output logits."""
+    sliding_window: int | None = None
+    """Tokens that a local layer sees, itself included."""
+    layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    """Kinds of the layers, repeated to num_layers."""
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads}; every kv head serves equally many heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} is odd; RoPE turns pairs")
+        if "local" in self.layer_pattern and self.sliding_window is None:
+            raise UserError(
+                "model.layer_pattern has local layers and model.sliding_window is None; "
+                "set the window in tokens"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"model.activation={self.activation!r}; use {', '.join(ACTIVATIONS)}")
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees only the sliding window."""
+        pattern = self.layer_pattern
+        return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """Parameters, embeddings included."""
+        D, N, K, H, F = (
+            self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim,
+        )  # fmt: skip
+        layer = D * (N + 2 * K) * H + N * H * D + 3 * D * F
+        layer += (N + 2 * K) * H if self.qkv_bias else 0
+        layer += 2 * H if self.qk_norm else 0
+        layer += D * (4 if self.norms == "pre_post" else 2)
+        tables = 1 if self.tie_embeddings else 2
+        return tables * self.vocab_size * D + self.num_layers * layer + D
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one training step per token, at sequences of `seq_len` tokens.
+
+        6 for each parameter in a matrix product (the embedding lookup is none), and 12 * N * H for
+        each key a query sees: on average half of a causal sequence, less in local layers.
+        Rematerialised products do not count.
+        """
+        D, N, K, H = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim
+        matmul = self.num_layers * (D * (2 * N + 2 * K) * H + 3 * D * self.mlp_dim)
+        matmul += self.vocab_size * D
+        seen = 0.0
+        for local in self.local_layers:
+            window = min(self.sliding_window or seq_len, seq_len) if local else seq_len
+            # Positions before the window is full see half of it on average.
+            seen += (window * window / 2 + (seq_len - window) * window) / seq_len
+        return 6 * matmul + 12 * N * H * seen
+
+    def check_mesh(self, mesh: Mesh, rules: Rules) -> None:
+        """Checks that every dimension divides into its shards on this mesh.
+
+        Raises:
+            UserError: the first that does not.
+        """
+        sizes = {
+            "vocab": ("model.vocab_size", self.vocab_size),
+            "embed": ("model.embed_dim", self.embed_dim),
+            "heads": ("model.num_heads", self.num_heads),
+            "kv_heads": ("model.num_kv_heads", self.num_kv_heads),
+            "head_dim": ("model.head_dim", self.head_dim),
+            "mlp": ("model.mlp_dim", self.mlp_dim),
+            "layers": ("model.num_layers", self.num_layers),
+        }
+        rules.check(mesh, sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a decoder is run: nothing here changes what a checkpoint means."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of matrix products and activations; parameters are stored in float32."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Attention backend; auto takes the fastest that honours the mask on this platform."""
+    remat: Remat = dataclasses.field(default_factory=Remat)
+    """What is kept for the backward pass, and where."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, and where each slot's token stands in its sequence."""
+
+    layers: list[LayerCache] | LayerCache
+    """One pair of [B, S, K, H] arrays a layer, or one stacked pair with a leading L."""
+    span: Span
+    """Positions and segments [B, S] of the slots; an empty slot is in segment -1."""
+    used: Int[Array, ""]
+    """Slots written so far; the same for every row."""
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Call it for logits; train on `loss_sums`; decode with a cache.
+
+    Parameters are fp32, with the layers stacked along a leading dimension in which `lax.scan` runs.
+    Make it inside `jax.set_mesh(mesh)`; under `jax.jit`, parameters are drawn right into their
+    shards.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        key: jax.Array,
+        compute: ComputeConfig | None = None,
+        rules: Rules | None = None,
+    ):
+        self.config, self.compute = config, compute or ComputeConfig()
+        self.rules = rules or Rules()
+        maker = Maker(key, self.rules)
+        stack = Maker((maker / "layers").key, self.rules, stack=config.num_layers)
+        shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
+        self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
+        self.layers = Layer(stack, config, self.compute.attention)
+        self.norm = RMSNorm(
+            maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
+        )
+        if not config.tie_embeddings:
+            self.head = maker.normal("head", shape, axes, fan_in=config.embed_dim)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of matrix products and activations."""
+        return jnp.dtype(self.compute.dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Returns the normed hidden states, and the cache with these tokens written into it."""
+        config, rules = self.config, self.rules
+        x = embed(self.embedding[...], tokens, rules, self.dtype)
+        if config.embed_scale is not None:
+            x *= jnp.asarray(config.embed_scale, self.dtype)
+        queries = keys = Span(positions, segments)
+        if cache is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
+            keys = Span(*(write(old, new) for old, new in zip(cache.span, queries, strict=True)))
+        turn = functools.partial(rotation, positions, config.head_dim)
+        global_rotation = turn(config.rope_theta, config.rope_scaling)
+        local_rotation = global_rotation
+        if config.rope_local_theta is not None:
+            local_rotation = turn(config.rope_local_theta)
+        sight = Sight(
+            queries, keys, global_rotation, local_rotation, None if cache is None else cache.used
+        )
+
+        def body(x, layer, per_layer):
+            local, layer_cache = per_layer
+            x = checkpoint_name(x, "layer_input")
+            local = kinds[0] if len(set(kinds)) == 1 else local
+            return gather(layer, rules, self.dtype)(x, sight, local, layer_cache)
+
+        kinds = config.local_layers
+        stacked = not isinstance(self.layers, nnx.List)
+        local = jnp.asarray(kinds) if stacked else list(kinds)
+        layer_caches = None if cache is None else cache.layers
+        if cache is None:
+            body = self.compute.remat.wrap(body)
+        x, layer_caches = run(self.layers, body, x, (local, layer_caches))
+        if cache is not None:
+            cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns fp32 logits, split over the vocabulary."""
+        head = self.head_table.astype(self.dtype)
+        head = jax.sharding.reshard(head, self.rules.gathered("vocab", "embed"))
+        out = self.rules("batch", "seq", "act_vocab")
+        logits = jnp.einsum(
+            "BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32, out_sharding=out
+        )
+        return soft_cap(logits, self.config.logit_soft_cap)
+
+    @property
+    def head_table(self) -> Float[Array, "V D"]:
+        """The output layer, which may be the embedding table."""
+        return (self.embedding if self.config.tie_embeddings else self.head)[...]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+    ) -> Float[Array, "B T V"]:
+        """Returns the logits at every position."""
+        return self.logits(self.hidden(tokens, positions, segments)[0])
+
+    def loss_sums(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        *,
+        z_loss: float = 0.0,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns weighted sums over tokens: (what training minimises, negative log-likelihood).
+
+        Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient.
+        """
+        x, _ = self.hidden(tokens, positions, segments)
+        return cross_entropy(
+            x, self.head_table, targets, weights, self.rules, z_loss, self.config.logit_soft_cap
+        )
+
+    def unstacked(self) -> "Decoder":
+        """Returns the same model with its layers as a list, for decoding."""
+        graph = jax.tree.map(lambda leaf: leaf, self)
+        graph.layers = unstack(self.layers)
+        return graph

@@ -1,0 +1,170 @@
+"""One decoder layer: attention and MLP with their norms and residuals.
+
+B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen.nn.attention import attend
+from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm
+from jaxgen.nn.rope import rotate
+
+if TYPE_CHECKING:
+    from jaxgen.models.decoder import DecoderConfig
+
+Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+
+
+class Span(NamedTuple):
+    """Where tokens stand: attention sees a key of the same segment at an earlier position."""
+
+    positions: Int[Array, "B T"]
+    """Within the document, from 0."""
+    segments: Int[Array, "B T"]
+    """Which document of its row a token belongs to, from 1; 0 is padding."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, after RoPE."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Sight(NamedTuple):
+    """What every layer's attention needs besides the hidden states."""
+
+    queries: Span
+    keys: Span
+    """Of the same tokens in training; of every slot of the cache in decoding."""
+    global_rotation: Rotation
+    local_rotation: Rotation
+    slot: Int[Array, ""] | None = None
+    """In decoding, the slot of the cache that takes the first of the new tokens."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(self, maker: Maker, config: "DecoderConfig", backend: str):
+        self.rules, self.config, self.backend = maker.rules, config, backend
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = maker.normal("q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D)
+        self.k = maker.normal("k", (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
+        self.v = maker.normal("v", (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
+        self.o = maker.normal("o", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H)
+        if config.qkv_bias:
+            self.q_bias = maker.full((N, H), ("heads", "head_dim"), 0.0)
+            self.k_bias = maker.full((K, H), ("kv_heads", "head_dim"), 0.0)
+            self.v_bias = maker.full((K, H), ("kv_heads", "head_dim"), 0.0)
+        if config.qk_norm:
+            norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
+            self.q_norm = RMSNorm(maker, H, **norm)
+            self.k_norm = RMSNorm(maker, H, **norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sight: Sight,
+        local: bool | Bool[Array, ""],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attends from x to itself, or to the cache after writing x's keys and values into it.
+
+        `local` layers see `config.sliding_window` tokens back; it is traced where layers are
+        scanned.
+        """
+
+        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
+        k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
+        v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        if self.config.qkv_bias:
+            q += self.q_bias[...][None, None]
+            k += self.k_bias[...][None, None]
+            v += self.v_bias[...][None, None]
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+
+        def turn(rotation):
+            return rotate(q, rotation), rotate(k, rotation)
+
+        q, k = self._by_kind(
+            local,
+            lambda is_local: turn(sight.local_rotation if is_local else sight.global_rotation),
+        )
+        q, k, v = checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
+        if cache is not None:
+            start = (0, sight.slot, 0, 0)
+            cache = LayerCache(
+                lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), start),
+                lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), start),
+            )
+            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+
+        def see(is_local):
+            return attend(
+                q,
+                k,
+                v,
+                q_positions=sight.queries.positions,
+                kv_positions=sight.keys.positions,
+                q_segments=sight.queries.segments,
+                kv_segments=sight.keys.segments,
+                window=self.config.sliding_window if is_local else None,
+                soft_cap=self.config.attention_soft_cap,
+                scale=self.config.attention_scale,
+                # A cache is read by few queries at a time, which only the plain backend takes.
+                backend=self.backend if cache is None else "xla",
+            )
+
+        seen = checkpoint_name(self._by_kind(local, see), "attention")
+        out = self.rules("batch", "seq", "act_embed")
+        y = jnp.einsum("BTNH,NHD->BTD", seen, self.o[...], out_sharding=out)
+        return checkpoint_name(y, "attention_out"), cache
+
+    @staticmethod
+    def _by_kind(local, branch):
+        """branch(local) for a layer kind that may be traced: kernels need their window static."""
+        if isinstance(local, bool):
+            return branch(local)
+        return lax.cond(local, lambda: branch(True), lambda: branch(False))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each with a residual around it, normed before, after, or both."""
+
+    def __init__(self, maker: Maker, config: "DecoderConfig", backend: str):
+        norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
+        D = config.embed_dim
+        self.pre, self.post = config.norms != "post", config.norms != "pre"
+        self.attention = Attention(maker / "attention", config, backend)
+        self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
+        if self.pre:
+            self.attention_norm = RMSNorm(maker, D, **norm)
+            self.mlp_norm = RMSNorm(maker, D, **norm)
+        if self.post:
+            self.attention_post_norm = RMSNorm(maker, D, **norm)
+            self.mlp_post_norm = RMSNorm(maker, D, **norm)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sight: Sight,
+        local: bool | Bool[Array, ""],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Returns the layer's output and the cache with this layer's keys and values written."""
+        y, cache = self.attention(self.attention_norm(x) if self.pre else x, sight, local, cache)
+        x = x + (self.attention_post_norm(y) if self.post else y)
+        y = self.mlp(self.mlp_norm(x) if self.pre else x)
+        return x + (self.mlp_post_norm(y) if self.post else y), cache

@@ -1,0 +1,144 @@
+"""Cross-entropy from hidden states, without ever holding the logits of all tokens.
+
+n tokens of one chunk, D embed, V vocab.
+Source: the gradient is computed together with the loss, chunk by chunk, as in Hsu et al. 2024
+(Liger kernel, arXiv:2410.10989), section 3.2; ours is sharded over the batch and the vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxgen.sharding import Rules, logical_to_mesh
+
+# 512 tokens by a vocabulary of 128k are 260 MB of fp32 logits, and enough rows for a full MXU.
+CHUNK_TOKENS = 512
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def cross_entropy(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    rules: Rules,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the weighted sums over all tokens of (the objective, the negative log-likelihood).
+
+    objective = nll + z_loss * logsumexp(logits)^2, in nats. Only the objective has a gradient.
+    Logits are products in x's dtype accumulated in fp32. `head` is stored in fp32 and split over
+    `vocab` and `embed`; it is gathered over `embed` once, in x's dtype, and its gradient is reduced
+    once. The vocabulary stays split: a chunk exchanges three numbers a token.
+
+    Source: z-loss: PaLM, arXiv:2204.02311, section 5.
+    """
+    return _sharded(x, head, targets, weights, rules, z_loss, soft_cap, with_gradient=False)[0]
+
+
+def _forward(x, head, targets, weights, rules, z_loss, soft_cap):
+    sums, dx, dhead = _sharded(
+        x, head, targets, weights, rules, z_loss, soft_cap, with_gradient=True
+    )
+    return sums, (dx, dhead)
+
+
+def _backward(rules, z_loss, soft_cap, residuals, cotangents):
+    scale = cotangents[0]
+    dx, dhead = residuals
+    return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_gradient):
+    """Runs `_local` on every device's own tokens and its own part of the vocabulary."""
+    batch_axes = logical_to_mesh(rules.batch) + logical_to_mesh(rules.seq)
+    vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
+    rest = tuple(axis for axis in batch_axes if axis not in embed_axes)
+
+    def device(x, head, targets, weights):
+        head = head.astype(x.dtype)
+        whole = lax.all_gather(head, embed_axes, axis=1, tiled=True) if embed_axes else head
+        outputs = _local(
+            x.reshape(-1, x.shape[-1]),
+            whole,
+            targets.reshape(-1),
+            weights.reshape(-1),
+            vocab_axes,
+            z_loss,
+            soft_cap,
+            with_gradient,
+        )
+        sums = tuple(lax.psum(total, batch_axes) for total in outputs[0])
+        if not with_gradient:
+            return (sums,)
+        _, dx, dhead = outputs
+        # Reduced in the dtype of the products, like every other weight's gradient.
+        dhead = dhead.astype(x.dtype)
+        if embed_axes:
+            dhead = lax.psum_scatter(dhead, embed_axes, scatter_dimension=1, tiled=True)
+        dhead = lax.psum(dhead, rest).astype(jnp.float32)
+        return sums, dx.reshape(x.shape), dhead
+
+    scalar = rules()
+    x_spec, head_spec = rules("batch", "seq", "act_embed"), rules("vocab", "embed")
+    out_specs = ((scalar, scalar), x_spec, head_spec) if with_gradient else ((scalar, scalar),)
+    tokens = rules("batch", "seq")
+    # check_vma=False: gradients are formed by hand here, so there is no transpose to get right.
+    return jax.shard_map(
+        device, in_specs=(x_spec, head_spec, tokens, tokens), out_specs=out_specs, check_vma=False
+    )(x, head, targets, weights)
+
+
+def _local(x, head, targets, weights, vocab_axes, z_loss, soft_cap, with_gradient):
+    """Loss sums and, if asked, the gradients of x [n, D] and of head [V, D] (fp32)."""
+    num_tokens, dim = x.shape
+    chunk = min(CHUNK_TOKENS, num_tokens)
+    pad = -num_tokens % chunk
+    x = jnp.pad(x, ((0, pad), (0, 0)))
+    targets, weights = jnp.pad(targets, (0, pad)), jnp.pad(weights, (0, pad))
+    first = lax.axis_index(vocab_axes) * head.shape[0] if vocab_axes else 0
+
+    def over_vocab(reduce, value):
+        return reduce(value, vocab_axes) if vocab_axes else value
+
+    def one_chunk(carry, inputs):
+        (objective, nll), dhead = carry
+        x, targets, weights = inputs
+        raw = jnp.einsum("nD,VD->nV", x, head, preferred_element_type=jnp.float32)
+        tanh = None if soft_cap is None else jnp.tanh(raw / soft_cap)
+        logits = raw if tanh is None else soft_cap * tanh
+        highest = over_vocab(lax.pmax, jnp.max(logits, axis=-1))
+        exp = jnp.exp(logits - highest[:, None])
+        total = over_vocab(lax.psum, jnp.sum(exp, axis=-1))
+        lse = jnp.log(total) + highest
+        local = (targets - first)[:, None]
+        is_target = local == jnp.arange(head.shape[0])[None, :]
+        target_logit = over_vocab(lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+        token_nll = lse - target_logit
+        nll += jnp.sum(token_nll * weights)
+        objective += jnp.sum((token_nll + z_loss * lse * lse) * weights)
+        if not with_gradient:
+            return ((objective, nll), dhead), None
+        slope = (weights * (1 + 2 * z_loss * lse) / total)[:, None]
+        dlogits = exp * slope - jnp.where(is_target, weights[:, None], 0.0)
+        if tanh is not None:
+            dlogits *= 1 - tanh * tanh
+        dlogits = dlogits.astype(x.dtype)
+        dx = jnp.einsum("nV,VD->nD", dlogits, head, preferred_element_type=jnp.float32)
+        dhead += jnp.einsum("nV,nD->VD", dlogits, x, preferred_element_type=jnp.float32)
+        return ((objective, nll), dhead), over_vocab(lax.psum, dx.astype(x.dtype))
+
+    zero = jnp.zeros((), jnp.float32)
+    dhead = jnp.zeros(head.shape if with_gradient else (), jnp.float32)
+    chunks = (x.reshape(-1, chunk, dim), targets.reshape(-1, chunk), weights.reshape(-1, chunk))
+    (sums, dhead), dx = lax.scan(one_chunk, ((zero, zero), dhead), chunks)
+    if not with_gradient:
+        return (sums,)
+    return sums, dx.reshape(-1, dim)[:num_tokens], dhead

@@ -1,0 +1,142 @@
+"""One optimizer step as one jitted, donated program."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import reshard
+
+from jaxgen.models.decoder import Decoder
+from jaxgen.train.optimizer import learning_rate, make_optimizer
+
+if TYPE_CHECKING:
+    from jaxgen.config import TrainConfig
+
+# The running mean of gradient norms forgets half of itself in about 35 steps.
+NORM_DECAY = 0.98
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a run carries from step to step, and all that a checkpoint has to hold."""
+
+    model: Decoder
+    """fp32 parameters."""
+    opt_state: Any
+    """optax's moments, sharded like their parameters."""
+    step: jax.Array
+    """Steps done, int32; the data position too, for a batch is a function of the step."""
+    grad_norm_mean: jax.Array
+    """Running mean of the gradient norms of steps that were applied."""
+    skipped: jax.Array
+    """Steps skipped so far, int32."""
+    skipped_in_row: jax.Array
+    """Steps skipped since the last one that was applied, int32."""
+
+
+def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
+    """Returns a fresh state. Call it under `jax.jit` inside `jax.set_mesh(mesh)`."""
+    model = Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        model=model,
+        opt_state=make_optimizer(config.optimizer).init(model),
+        step=zero,
+        grad_norm_mean=jnp.zeros((), jnp.float32),
+        skipped=zero,
+        skipped_in_row=zero,
+    )
+
+
+def train_step(
+    config: "TrainConfig", state: TrainState, batch: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the next state and this step's metrics.
+
+    A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes nothing
+    but the counters. Metrics are scalars: loss (mean nats a token, without z-loss), grad_norm
+    (before clipping), learning_rate, tokens (that counted), skipped (so far), skipped_in_row.
+    """
+    accum = config.train.grad_accum_steps
+    total_weight = jnp.sum(batch.weights)
+
+    def loss_fn(model: Decoder, batch: Any):
+        objective, nll = model.loss_sums(*batch, z_loss=config.train.z_loss)
+        return objective / total_weight, nll / total_weight
+
+    if accum == 1:
+        grads, loss = jax.grad(loss_fn, has_aux=True)(state.model, batch)
+    else:
+
+        def accumulate(carry, micro_batch):
+            grads, loss = jax.grad(loss_fn, has_aux=True)(state.model, micro_batch)
+            return jax.tree.map(jnp.add, carry, (grads, loss)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros((), jnp.float32))
+        (grads, loss), _ = jax.lax.scan(accumulate, zeros, _micro_batches(batch, accum))
+
+    grad_norm = optax.global_norm(grads)
+    optimizer = config.optimizer
+    if optimizer.clip_grad_norm:
+        scale = jnp.minimum(1.0, optimizer.clip_grad_norm / (grad_norm + 1e-6))
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+    rate = learning_rate(optimizer, config.train.steps, state.step)
+    direction, opt_state = _directions(optimizer, grads, state)
+    model = jax.tree.map(lambda param, way: param + rate * way, state.model, direction)
+
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    mean = state.grad_norm_mean
+    if optimizer.spike_factor:
+        settled = state.step >= optimizer.warmup_steps
+        good &= ~(settled & (mean > 0) & (grad_norm > optimizer.spike_factor * mean))
+    new_mean = jnp.where(mean > 0, NORM_DECAY * mean + (1 - NORM_DECAY) * grad_norm, grad_norm)
+    applied = (model, opt_state, new_mean)
+    kept = (state.model, state.opt_state, mean)
+    model, opt_state, mean = jax.tree.map(lambda a, b: jnp.where(good, a, b), applied, kept)
+    state = TrainState(
+        model=model,
+        opt_state=opt_state,
+        step=state.step + 1,
+        grad_norm_mean=mean,
+        skipped=state.skipped + jnp.where(good, 0, 1),
+        skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "tokens": total_weight,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+    return state, metrics
+
+
+def _directions(optimizer, grads, state: TrainState):
+    """The optimizer's update, with shardings left to the compiler.
+
+    Muon multiplies matrices that are split over the dimension it contracts; every result comes
+    back in the sharding of what it replaces.
+    """
+
+    def update(grads, opt_state, model):
+        # optax mixes integer counts with floats.
+        with jax.numpy_dtype_promotion("standard"):
+            return make_optimizer(optimizer).update(grads, opt_state, model)
+
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.model, state.opt_state))
+    return jax.sharding.auto_axes(update, out_sharding=specs)(grads, state.opt_state, state.model)
+
+
+def _micro_batches(batch: Any, num: int) -> Any:
+    """[B, T] -> [num, B / num, T], every micro-batch spread over all devices."""
+
+    def split(x: jax.Array) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        parts = x.reshape(x.shape[0] // num, num, *x.shape[1:])
+        return reshard(parts.swapaxes(0, 1), jax.sharding.PartitionSpec(None, *spec))
+
+    return jax.tree.map(split, batch)
