@@ -5,7 +5,6 @@ B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -32,10 +31,13 @@ class Span(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, after RoPE."""
+    """Keys and values of one layer, after RoPE, with heads first: products read them as they lie.
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    The other order costs the CPU a transposed copy of the whole cache for every token.
+    """
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
 
 
 class Sight(NamedTuple):
@@ -104,12 +106,15 @@ class Attention(nnx.Module):
         )
         q, k, v = checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
         if cache is not None:
-            start = (0, sight.slot, 0, 0)
             cache = LayerCache(
-                lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), start),
-                lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), start),
+                *(
+                    lax.dynamic_update_slice(
+                        old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, sight.slot, 0)
+                    )
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
             )
-            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+            k, v = (x.astype(q.dtype).swapaxes(1, 2) for x in cache)
 
         def see(is_local):
             return attend(

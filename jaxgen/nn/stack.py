@@ -6,6 +6,7 @@ for the backward pass instead of kept.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -90,7 +91,7 @@ def unstack(layers: M) -> nnx.List:
     of the stack: unrolled it is 2 to 5 times faster.
     """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
-    return nnx.List([jax.tree.map(lambda leaf: leaf[i], layers) for i in range(num_layers)])
+    return nnx.List([jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers)])
 
 
 def run(
@@ -112,7 +113,7 @@ def run(
         return jax.lax.scan(lambda carry, layer_x: body(carry, *layer_x), carry, (layers, xs))
     ys = []
     for i, layer in enumerate(layers):
-        x = jax.tree.map(lambda leaf: leaf[i], xs, is_leaf=lambda leaf: isinstance(leaf, list))  # noqa: B023
+        x = jax.tree.map(operator.itemgetter(i), xs, is_leaf=lambda leaf: isinstance(leaf, list))
         carry, y = body(carry, layer, x)
         ys.append(y)
     return carry, ys

@@ -45,7 +45,7 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 for never."""
     spike_factor: float = 10.0
-    """A step whose gradient norm exceeds its running mean by this factor is skipped; 0 for never."""
+    """Steps whose gradient norm exceeds its running mean by this factor are skipped; 0 for none."""
     max_skipped_in_row: int = 20
     """After so many skipped steps (not finite, or a spike) in a row the run stops."""
 

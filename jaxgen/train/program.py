@@ -1,0 +1,106 @@
+"""The training step as a compiled program, and the shapes it is compiled for.
+
+Everything here works on described devices too: it is what `plan` and the tests compile for a TPU.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jaxgen.compiler import compiler_options
+from jaxgen.data.loader import Batch
+from jaxgen.errors import UserError
+from jaxgen.train.evaluate import evaluate_batch
+from jaxgen.train.step import TrainState, init_state, train_step
+
+if TYPE_CHECKING:
+    from jaxgen.config import TrainConfig
+
+
+def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
+    """How the rows and positions of a batch are split."""
+    return NamedSharding(mesh, config.rules("batch", "seq"))
+
+
+def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
+    """Returns the shapes, dtypes and shardings of a state on this mesh; computes nothing."""
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
+
+    def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(on_mesh, state)
+
+
+def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
+    """Returns the shapes, dtypes and sharding of a batch on this mesh."""
+    shape = (config.train.batch_size, config.train.seq_len)
+    dtypes = Batch(
+        tokens=jnp.int32,
+        targets=jnp.int32,
+        positions=jnp.int32,
+        segments=jnp.int32,
+        weights=jnp.float32,
+    )
+    sharding = batch_sharding(config, mesh)
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+
+
+def make_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
+    """Returns a fresh state: every parameter is drawn on the devices that own it.
+
+    Raises:
+        UserError: a dimension does not divide into its shards.
+    """
+    check(config, mesh)
+    with jax.set_mesh(mesh):
+        key = jax.random.key(config.train.seed)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        return jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(key)
+
+
+def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
+    """Returns (state, batch) -> (state, metrics), which owns the state it is given.
+
+    The compiled object raises on any other shape or sharding, so a run cannot recompile.
+
+    Raises:
+        UserError: a dimension does not divide into its shards.
+    """
+    check(config, mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda state, batch: train_step(config, state, batch), donate_argnums=0)
+        lowered = step.lower(abstract_state(config, mesh), abstract_batch(config, mesh))
+        return lowered.compile(compiler_options=compiler_options(mesh))
+
+
+def compile_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
+    """Returns (model, batch) -> the sums that `evaluate` adds up."""
+    with jax.set_mesh(mesh):
+        model, batch = abstract_state(config, mesh).model, abstract_batch(config, mesh)
+        lowered = jax.jit(evaluate_batch).lower(model, batch)
+        return lowered.compile(compiler_options=compiler_options(mesh))
+
+
+def check(config: "TrainConfig", mesh: Mesh) -> None:
+    """Checks that the model and the batch divide into their shards.
+
+    Raises:
+        UserError: the first dimension that does not.
+    """
+    rules, train = config.rules, config.train
+    config.model.check_mesh(mesh, rules)
+    micro_batch = train.batch_size // train.grad_accum_steps
+    if train.batch_size % train.grad_accum_steps:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not divisible by "
+            f"train.grad_accum_steps={train.grad_accum_steps}; use a multiple"
+        )
+    field = "train.batch_size"
+    if train.grad_accum_steps > 1:
+        field += f" / train.grad_accum_steps={train.grad_accum_steps}"
+    rules.check(mesh, {"batch": (field, micro_batch), "seq": ("train.seq_len", train.seq_len)})
