@@ -104,7 +104,7 @@ def share(name: str, value: str | None, timeout_s: float = 600.0) -> str:
     """
     client = jax_distributed.global_state.client
     key = _once(f"share/{name}")
-    if jax.process_index() == 0:
+    if client is None or jax.process_index() == 0:
         if value is None:
             raise ValueError(f"process 0 shares {name!r} and has no value")
         if client is not None:
@@ -186,7 +186,7 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 
 
 def _on_cloud_tpu() -> bool:
-    platforms = jax.config.jax_platforms or ""
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
     return cloud_tpu_init.running_in_cloud_tpu_vm and not platforms.startswith("cpu")
 
 
