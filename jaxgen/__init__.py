@@ -1,0 +1,45 @@
+"""Train and serve generative transformers in JAX, sharded over any mesh.
+
+Importing this package imports neither JAX nor anything else that is heavy: each name of the public
+API loads its module when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The functions `train` and `generate` are left in their modules, `jaxgen.train.loop` and
+# `jaxgen.generate`: here they would hide the module of the same name.
+_MODULES = {
+    "checkpoint.manager": ("CheckpointConfig", "CheckpointManager"),
+    "config": ("TrainConfig", "load_config", "read_config", "save_config"),
+    "data.loader": ("Batch", "Loader"),
+    "data.dataset": ("DataConfig", "prepare"),
+    "data.sources": ("Source",),
+    "data.tokenizer": ("Tokenizer",),
+    "errors": ("UserError",),
+    "metrics": ("MetricsConfig", "MetricWriter"),
+    "models.decoder": ("ComputeConfig", "Decoder", "DecoderConfig"),
+    "nn.rope": ("RopeScaling",),
+    "nn.stack": ("Remat",),
+    "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
+    "train.evaluate": ("EvalConfig",),
+    "train.loop": ("LoopConfig",),
+    "train.optimizer": ("OptimizerConfig", "make_optimizer"),
+    "train.step": ("TrainState", "init_state", "train_step"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jaxgen.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -1,0 +1,320 @@
+"""The `jaxgen` command: a config file, dotted overrides, help, and errors without tracebacks.
+
+The effects live here: argv and the environment, the distributed runtime, the devices, the mesh and
+the compilation cache. Modules are imported where a command needs them, so that help and mistakes
+answer at once.
+"""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jaxgen import __version__, fields
+from jaxgen.errors import UserError
+
+# The user's machine, not our bug: no permission, no space, a read-only or vanished place.
+ENVIRONMENT_ERRORS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+)
+
+CONFIG = "CONFIG"
+MODEL = "MODEL"
+OPTIONS: dict[str, dict[str, Any]] = {
+    CONFIG: {
+        "metavar": "CONFIG.py[:name]",
+        "help": "a Python file and the config in it (name: config); try configs/tiny.py",
+    },
+    MODEL: {"metavar": "MODEL", "help": "a run directory, such as runs/tiny"},
+    "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
+    "--run-dir": {
+        "metavar": "DIR",
+        "help": "where the run lives (default: runs/NAME); the same command again resumes it",
+    },
+    "--prompt": {
+        "action": "extend",
+        "nargs": "+",
+        "metavar": "TEXT",
+        "help": "texts to continue, together in one batch (default: standard input)",
+    },
+    "--max-tokens": {
+        "type": int,
+        "default": 128,
+        "metavar": "N",
+        "help": "most new tokens per prompt (default: 128)",
+    },
+    "--temperature": {
+        "type": float,
+        "default": 0.0,
+        "metavar": "T",
+        "help": "divides the logits; 0 takes the likeliest token (default: 0)",
+    },
+    "--top-k": {"type": int, "metavar": "K", "help": "sample among the K likeliest tokens"},
+    "--top-p": {
+        "type": float,
+        "metavar": "P",
+        "help": "sample among the likeliest tokens that sum to probability P",
+    },
+    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "of sampling (default: 0)"},
+    "--step": {
+        "type": int,
+        "default": 0,
+        "metavar": "N",
+        "help": "the step whose batch is shown (default: 0)",
+    },
+    "--json": {"action": "store_true", "help": "print one JSON object"},
+}
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does with which config, and its own options."""
+
+    summary: str
+    run: Callable[[argparse.Namespace, Any], None]
+    source: str
+    options: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("jaxgen: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # `head` has all it wants; without this Python complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        place = error.filename or "writing a file"
+        message = f"{place}: {error.strerror}; make room there or choose another place"
+    print("jaxgen:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(f"jaxgen {__version__}")
+        return
+    name, rest = argv[0], argv[1:]
+    nested = [command.split()[1] for command in COMMANDS if command.startswith(f"{name} ")]
+    if nested:
+        if rest and rest[0] in ("-h", "--help"):
+            print(_overview(name))
+            return
+        if not rest or rest[0] not in nested:
+            given = f", not {rest[0]!r}" if rest else ""
+            raise UserError(f"jaxgen {name} takes {' or '.join(nested)}{given}")
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        hint = fields.did_you_mean(name, {command.split()[0] for command in COMMANDS})
+        raise UserError(f"no command {name!r}{hint or '; see jaxgen --help'}")
+    _run(name, COMMANDS[name], rest)
+
+
+def _run(name: str, command: Command, argv: list[str]) -> None:
+    parser = _Parser(f"jaxgen {name}", description=command.summary, allow_abbrev=False)
+    source, options = command.source, [*command.options, "--devices"]
+    parser.usage = f"{parser.prog} {source} [options] [--field value ...]"
+    parser.add_argument("source", nargs="?", **OPTIONS[source])
+    for option in options:
+        parser.add_argument(option, **OPTIONS[option])
+    wants_help = "-h" in argv or "--help" in argv
+    argv, overrides = _split([arg for arg in argv if arg not in ("-h", "--help")], options)
+    args = parser.parse_args(argv)
+    if wants_help:
+        print(parser.format_help())
+        if args.source is None:
+            print(f"jaxgen {name} {source} --help shows the fields too, with their values.")
+            return
+    elif args.source is None:
+        raise UserError(
+            f"jaxgen {name} needs {OPTIONS[source]['metavar']}: {OPTIONS[source]['help']}"
+        )
+    if args.devices is not None:
+        from jaxgen.sharding import simulate_devices
+
+        simulate_devices(args.devices)
+    config = _load(source, args.source, overrides)
+    if wants_help:
+        print(_field_help(config))
+        return
+    command.run(args, config)
+
+
+def _split(argv: list[str], options: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--field value` and `--field=value` out of argv; what is not an option is a field."""
+    rest, overrides = [], {}
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if not token.startswith("--") or name in options:
+            rest.append(token)
+            continue
+        hint = "" if "." in name else fields.did_you_mean(name, options)
+        if hint:
+            raise UserError(f"no option {name}{hint}")
+        value = value if equals else next(tokens, None)
+        if value is None or (value.startswith("--") and not equals):
+            raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
+        overrides[name[2:]] = value
+    return rest, overrides
+
+
+def _load(kind: str, path: str, overrides: dict[str, str]) -> Any:
+    from jaxgen import config
+
+    if kind == CONFIG:
+        return config.load_config(path, overrides)
+    return fields.override(config.read_config(path), overrides)
+
+
+def _train(args: argparse.Namespace, config: Any) -> None:
+    _start(config)
+    from jaxgen.train.loop import train
+
+    train(config, args.run_dir or str(Path("runs") / config.name))
+
+
+def _generate(args: argparse.Namespace, config: Any) -> None:
+    if args.prompt is None and sys.stdin.isatty():
+        raise UserError("no prompt; give --prompt TEXT, or a text on standard input")
+    prompts = args.prompt or [sys.stdin.read()]
+    _start(config)
+    from jaxgen.generate import generate_text
+
+    completions = generate_text(
+        config,
+        args.source,
+        prompts,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(prompt + completion)
+
+
+def _data_pack(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.data.show import pack
+
+    print(pack(config.data, config.train.seq_len))
+
+
+def _data_show(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.data.show import show
+
+    print(show(config.data, config.train.seq_len, config.train.batch_size, args.step))
+
+
+def _bench_train(args: argparse.Namespace, config: Any) -> None:
+    _start(config)
+    from jaxgen.train.bench import bench_train
+
+    results = bench_train(config)
+    if args.json:
+        print(json.dumps(results))
+        return
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(
+            f"{name:{width}}  {value:.6g}"
+            if isinstance(value, float)
+            else f"{name:{width}}  {value}"
+        )
+
+
+SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+COMMANDS = {
+    "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
+    "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),
+    "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
+    "bench train": Command("Times the training step.", _bench_train, CONFIG, ("--json",)),
+}
+
+
+def _start(config: Any) -> None:
+    """Joins the other processes, checks the config against the devices and enters its mesh."""
+    import jax
+
+    from jaxgen.distributed import initialize
+    from jaxgen.sharding import make_mesh
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jaxgen" / "xla"))
+        # Programs that compile faster than this are not worth a file.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    initialize(os.environ)
+    mesh = make_mesh(config.mesh)
+    config.check(mesh)
+    jax.set_mesh(mesh)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ours to print."""
+
+    def __init__(self, prog: str, **kwargs):
+        super().__init__(prog, add_help=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _overview(group: str = "") -> str:
+    rows = {
+        f"jaxgen {name} {command.source} [options]": command.summary
+        for name, command in COMMANDS.items()
+        if name.startswith(group)
+    }
+    width = max(map(len, rows))
+    lines = [f"  {usage:{width}}  {summary}" for usage, summary in rows.items()]
+    return "\n".join(
+        [
+            "Trains and serves generative transformers in JAX, sharded over any mesh.",
+            "",
+            *lines,
+            "",
+            "CONFIG is a Python file, such as configs/tiny.py; MODEL is a run directory.",
+            "Every field of a config can be set: --train.steps 100 --mesh.fsdp 4.",
+            "COMMAND --help shows the options, CONFIG --help the fields and their values.",
+        ]
+    )
+
+
+def _field_help(config: Any) -> str:
+    """Every field of a config: how to set it, what it does, and its value now."""
+    columns = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+    lines = []
+    for field in fields.walk(config):
+        if field.is_group:
+            state = "" if field.value is not None else " [none; set a field to switch it on]"
+            lines += ["", *textwrap.wrap(f"{field.path}: {field.doc}{state}", columns)]
+            continue
+        usage = f"  --{field.path} {fields.kind_text(field.kind)}"
+        text = field.doc
+        if not field.in_absent_group:
+            text += f" [{fields.value_text(field.value)}]"
+        lines.append(usage)
+        lines += textwrap.wrap(text, columns, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines).strip("\n")

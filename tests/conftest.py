@@ -1,0 +1,35 @@
+"""Eight simulated CPU devices, strict dtypes and ranks, checked shapes, warnings as errors."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything of the user's machine can be read: caches of data go to a fresh folder, compiled
+# programs to one that lives on, for they are most of the suite's time.
+_user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxgen-test-cache-")
+for name in [name for name in os.environ if name.startswith(("JAXGEN_", "JAX_", "XLA_"))]:
+    del os.environ[name]
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# jaxgen must not be imported before this line: the hook checks what is imported after it.
+install_import_hook("jaxgen", "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(_user_cache / "jaxgen" / "xla-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_the_test_cache():
+    yield
+    import shutil
+
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])

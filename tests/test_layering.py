@@ -1,0 +1,124 @@
+"""Who may import whom, who owns which heavy package, and what `import jaxgen` costs."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import jaxgen
+
+PACKAGE = Path(jaxgen.__file__).parent
+# Part of the package -> the parts that it may import besides itself. `config` reads the configs of
+# `train`; `train` names `config` for the type checker only, which this test does not count.
+BASE = {"errors", "sharding"}
+ALLOWED = {
+    "errors": set(),
+    "fields": {"errors"},
+    "sharding": {"errors"},
+    "compiler": BASE,
+    "distributed": BASE,
+    "metrics": BASE | {"distributed"},
+    "nn": BASE,
+    "models": BASE | {"nn"},
+    "data": BASE | {"distributed", "metrics"},
+    "checkpoint": BASE | {"distributed", "metrics"},
+    "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
+    "train": BASE
+    | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"},
+    "generate": BASE | {"distributed", "nn", "models", "data", "checkpoint", "config"},
+}
+EVERYTHING = {"cli", "__init__", "__main__"}
+# What every layer is written in, or so light that owning it means nothing.
+SHARED = {"jax", "flax", "numpy", "jaxtyping", "etils", "jaxgen"} | set(sys.stdlib_module_names)
+
+
+def imports(path):
+    """The full dotted names that a module imports when it runs."""
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the whole name of the module"
+            submodules = node.module == "jaxgen"
+            yield from (
+                f"jaxgen.{alias.name}" if submodules else node.module for alias in node.names
+            )
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), set(imports(path))
+
+
+@pytest.mark.smoke
+def test_each_part_imports_only_what_it_may():
+    wrong = []
+    for module, names in modules():
+        part = module.split(".")[0]
+        assert part in ALLOWED or part in EVERYTHING, f"give {part} its line in ALLOWED"
+        used = {name.split(".")[1] for name in names if name.startswith("jaxgen.")}
+        extra = used - ALLOWED.get(part, used) - {part, "__version__"}
+        wrong += [f"{module} imports jaxgen.{name}" for name in sorted(extra)]
+    assert not wrong
+
+
+@pytest.mark.smoke
+def test_a_heavy_package_has_one_owner():
+    owners = defaultdict(set)
+    for module, names in modules():
+        for name in names:
+            owners[name.split(".")[0]].add(module)
+    shared = {name: who for name, who in owners.items() if len(who) > 1 and name not in SHARED}
+    assert not shared
+
+
+@pytest.mark.smoke
+def test_data_uses_jax_only_in_the_loader():
+    using = {module for module, names in modules() if any(n.split(".")[0] == "jax" for n in names)}
+    assert {module for module in using if module.startswith("data.")} <= {"data.loader"}
+
+
+@pytest.mark.smoke
+def test_import_starts_nothing():
+    code = (
+        "import time; start = time.perf_counter(); import jaxgen;"
+        "print(time.perf_counter() - start); import sys;"
+        "heavy = {'jax', 'flax', 'numpy', 'optax', 'orbax', 'grain', 'rich'} & set(sys.modules);"
+        "print(sorted(heavy))"
+    )
+    best = 1e9
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        seconds, heavy = done.stdout.splitlines()
+        assert heavy == "[]"
+        best = min(best, float(seconds))
+    assert best < 0.3
+
+
+@pytest.mark.smoke
+def test_the_command_answers_at_once():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxgen", "--help"], capture_output=True, text=True
+    )
+    assert time.perf_counter() - start < 1
+    assert "jaxgen train CONFIG" in done.stdout
+
+
+@pytest.mark.smoke
+def test_every_public_name_is_there():
+    for name in jaxgen.__all__:
+        assert getattr(jaxgen, name).__module__.startswith("jaxgen."), name
