@@ -1,0 +1,203 @@
+"""Attention kernels of others, wrapped: splash (Pallas, TPU) and cuDNN (NVIDIA).
+
+Neither sees positions: "before" is the place in the row, so `in_order` has to be promised. Each has
+a `*_refuses` beside it that says in words why it cannot take a call, or returns None.
+
+B batch, T queries and keys, N heads, K kv heads, H head dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class SplashBlocks:
+    """Tiles of the splash kernel; queries and keys of one tile stay in VMEM together."""
+
+    tile: int
+    """Queries, and keys, of a tile."""
+    compute: int
+    """Keys of a tile that are multiplied at once."""
+    fused: bool
+    """Whether dq is computed with dk and dv: one read of everything less, T / tile copies of dq
+    more."""
+
+
+# Larger tiles reuse more, until scores [tile, compute] in fp32 and the operands leave VMEM. v6e and
+# later take 2048 with the larger scoped VMEM limit of jaxgen/compiler.py. Unfused on v5p, where
+# the fused kernel has been reported to hang across hosts.
+# Source: the block sizes of the published TPU training recipes for dense 8B and 70B models.
+SPLASH_BLOCKS = {
+    "TPU v5 lite": SplashBlocks(tile=1024, compute=512, fused=True),
+    "TPU v5": SplashBlocks(tile=1024, compute=512, fused=False),
+    "TPU v6 lite": SplashBlocks(tile=2048, compute=512, fused=True),
+    "TPU7x": SplashBlocks(tile=2048, compute=512, fused=True),
+}
+OTHER_BLOCKS = SplashBlocks(tile=512, compute=512, fused=False)
+
+# Beyond this the fused kernel's copies of dq outweigh what it saves.
+MAX_FUSED_COPIES = 4
+
+
+def splash_refuses(device: AbstractDevice, q: jax.Array, *, in_order: bool) -> str | None:
+    """Returns why splash cannot take this call, or None."""
+    if device.platform not in ("tpu", "cpu"):
+        return f"does not run on {device.platform}"
+    if not in_order:
+        return "needs rows in order, with queries and keys of the same tokens"
+    return None
+
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    scale: float,
+    device: AbstractDevice,
+) -> Float[Array, "B T N H"]:
+    """Attends with JAX's splash kernel, causal by place in the row.
+
+    Rows are padded to whole tiles with tokens of a segment of their own. Queries are scaled in fp32
+    and rounded to their dtype again, for the kernel has no scale. The output and its logsumexp are
+    named "attention" for rematerialisation: kept, the kernel does not run again in the backward
+    pass.
+
+    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    from jaxgen.nn.attention import head_spec
+
+    seq_len = q.shape[1]
+    blocks = SPLASH_BLOCKS.get(device.device_kind, OTHER_BLOCKS)
+    tile = _tile(seq_len, blocks.tile)
+    padded = -(-seq_len // tile) * tile
+    compute = _divisor(tile, blocks.compute)
+    fused = blocks.fused and padded // tile <= MAX_FUSED_COPIES
+    sizes = lib.BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_kv_compute=compute,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_kv_dkv_compute=compute,
+        block_q_dq=None if fused else tile,
+        block_kv_dq=None if fused else tile,
+        use_fused_bwd_kernel=fused,
+    )
+
+    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        # Made here, for it holds arrays that belong to this trace.
+        shape = (padded, padded)
+        mask = lib.CausalMask(shape)
+        if window is not None and window < padded:
+            mask = lib.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+        kernel = lib.make_splash_mha_single_device(
+            mask=lib.MultiHeadMask([mask] * q_BTNH.shape[2]),
+            block_sizes=sizes,
+            attn_logits_soft_cap=soft_cap,
+            residual_checkpoint_name="attention",
+            interpret=device.platform != "tpu",
+        )
+        q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+        rows = ((0, 0), (0, padded - seq_len), (0, 0), (0, 0))
+        heads_first = [jnp.pad(x, rows).transpose(0, 2, 1, 3) for x in (q_BTNH, k_BTKH, v_BTKH)]
+
+        def row(q, k, v, segments=None):
+            ids = None if segments is None else lib.SegmentIds(segments, segments)
+            return kernel(q, k, v, ids)
+
+        if segments_BT is not None:
+            heads_first.append(jnp.pad(segments_BT, rows[:2], constant_values=-1))
+        out_BNTH = jax.vmap(row)(*heads_first)
+        return out_BNTH.transpose(0, 2, 1, 3)[:, :seq_len].astype(q_BTNH.dtype)
+
+    return _on_each_device(local, head_spec(q), q, k, v, segments)
+
+
+def cudnn_refuses(
+    device: AbstractDevice,
+    q: jax.Array,
+    *,
+    in_order: bool,
+    packed: bool,
+    soft_cap: float | None,
+) -> str | None:
+    """Returns why cuDNN cannot take this call, or None."""
+    if device.platform not in ("gpu", "cuda"):
+        return f"does not run on {device.platform}"
+    if not in_order:
+        return "needs rows in order, with queries and keys of the same tokens"
+    # As a mask, segments would become a [B, N, T, T] bias with a gradient of its own.
+    if packed:
+        return "cannot keep packed documents apart"
+    if soft_cap is not None:
+        return f"has no soft cap ({soft_cap=})"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"takes a head_dim of at most 128 in steps of 8, not {q.shape[-1]}"
+    return None
+
+
+def cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Attends with cuDNN's fused kernel, causal by place in the row, one document a row.
+
+    Source: `jax.nn.dot_product_attention`.
+    """
+    from jaxgen.nn.attention import head_spec
+
+    def local(q_BTNH, k_BTKH, v_BTKH):
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+
+    return _on_each_device(local, head_spec(q), q, k, v)
+
+
+def _tile(seq_len: int, most: int) -> int:
+    """Returns the tile for rows of `seq_len`: at most `most`, whole lanes, and little padding."""
+    tiles = -(-seq_len // most)
+    return -(-seq_len // (tiles * LANES)) * LANES
+
+
+def _divisor(tile: int, most: int) -> int:
+    """Returns the largest part of a tile, in whole lanes, that divides it and is at most `most`."""
+    return next(part for part in range(min(tile, most), 0, -LANES) if tile % part == 0)
+
+
+def _on_each_device(local, spec: PartitionSpec, q, k, v, *rows):
+    """Runs `local` on each device's own rows and heads: a kernel is opaque to the partitioner."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(q, k, v, *rows)
+    # check_vma=False: a kernel's outputs do not say over which axes they vary.
+    row_spec = PartitionSpec(spec[0], None)
+    return jax.shard_map(
+        local,
+        in_specs=(spec, spec, spec, *(None if x is None else row_spec for x in rows)),
+        out_specs=spec,
+        check_vma=False,
+    )(q, k, v, *rows)
