@@ -1,0 +1,344 @@
+"""Checkpoints by Orbax: saved while training goes on, verified before use, restored on any mesh.
+
+checkpoints/00001000/jaxgen.json     step, metadata, arrays, files; written last (record.py)
+checkpoints/00001000/model/...       one Orbax tree a field of the state, so that `only="model"`
+checkpoints/00001000/opt_state/...   reads nothing else
+checkpoints/00001000/scalars/...     the fields that are single arrays, such as the step
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxgen import distributed
+from jaxgen.checkpoint import record
+from jaxgen.checkpoint.errors import blame
+from jaxgen.checkpoint.tree import check_same_model, lookup, mesh_of, named_leaves, target, to_parts
+from jaxgen.errors import UserError
+
+_STEP_DIGITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved, and what of it is kept."""
+
+    save_every_steps: int = 1000
+    """Steps between two checkpoints. The last step and an announced end are saved anyway."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; 2 leave one to fall back to if the newest is damaged."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
+    timeout_s: float = 1800.0
+    """Longest wait for a save in the background, before the next one or at the end."""
+
+    def __post_init__(self):
+        for name in ("save_every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)}; use 1 or more")
+        if self.keep_every_steps < 0:
+            raise UserError(
+                f"checkpoint.keep_every_steps={self.keep_every_steps}; use a number of steps, or 0"
+            )
+        if self.timeout_s <= 0:
+            raise UserError(f"checkpoint.timeout_s={self.timeout_s}; use a number of seconds")
+
+
+class Restored(NamedTuple):
+    """A state, the step it is of, and what was saved beside it."""
+
+    state: Any
+    step: int
+    metadata: dict[str, Any]
+
+
+class CheckpointManager:
+    """The checkpoints of one run, in a folder or below a gs:// address.
+
+    Every process makes one and calls the same methods; process 0 decides for all which step is
+    used. A save that fails in the background is raised by the next `save`, `check`, `wait` or
+    `close`, as UserError where the disk or the network is at fault.
+    """
+
+    def __init__(self, directory: str | os.PathLike, config: CheckpointConfig | None = None):
+        """Touches nothing yet.
+
+        Raises:
+            UserError: an address that Orbax cannot write to.
+        """
+        text = os.fspath(directory)
+        scheme = text.split("://")[0] if "://" in text else ""
+        if scheme not in ("", "gs"):
+            raise UserError(
+                f"checkpoints cannot be in {text}: Orbax does not write to {scheme}://; "
+                "use gs://, or a folder (a mounted bucket is one)"
+            )
+        if scheme and importlib.util.find_spec("gcsfs") is None:
+            raise UserError(f"{text} needs the package gcsfs; install it: pip install gcsfs")
+        self.directory = epath.Path(text if scheme else os.path.abspath(text))
+        self.config = config or CheckpointConfig()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._own_steps: set[int] = set()
+        self._damaged: set[int] = set()
+        self._verified: set[tuple[int, str | None]] = set()
+        self._swept = False
+
+    def preload(self) -> None:
+        """Imports Orbax (0.4 s) in the background; call it when the first step is about to run."""
+        threading.Thread(target=_orbax, daemon=True).start()
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` steps is to be saved by the keep rules."""
+        return step % self.config.save_every_steps == 0
+
+    def all_steps(self) -> list[int]:
+        """Steps whose save was completed, oldest first; their content is not verified."""
+        return [step for step, complete in self._folders() if complete]
+
+    def latest_step(self) -> int | None:
+        """The newest step whose save was completed, or None."""
+        return max(self.all_steps(), default=None)
+
+    def metadata(self, step: int | None = None, only: str | None = None) -> dict[str, Any]:
+        """Returns what was saved beside the state of `step`, or of the newest intact step.
+
+        With `only`, a step of which that part is intact will do, as in `restore`.
+
+        Raises:
+            UserError: there is no such step, or none that is intact.
+        """
+        return self._choose(step, only).metadata
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> bool:
+        """Starts to save `state`; returns False if this run has saved or restored that step.
+
+        When it returns, the arrays have been copied and may be donated. Files are written in the
+        background; a save that is still running is awaited first.
+
+        Args:
+            step: steps done.
+            state: a pytree whose top level names its parts, such as a dataclass with `model`.
+            metadata: JSON values; complete together with the arrays or not at all.
+
+        Raises:
+            UserError: this save cannot be written, or the one before could not.
+            TimeoutError: the one before did not end within `timeout_s`.
+        """
+        self.wait()
+        if step in self._own_steps:
+            return False
+        named = named_leaves(state)
+        json.dumps(metadata)  # A value that is not JSON fails here and not in the background.
+        arrays = {name: (str(np.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in named}
+        note = record.Record(step, metadata, arrays)
+        # On CPU, several processes hang if Orbax's collectives meet those of a running step.
+        jax.block_until_ready(state)
+        orbax, context = self._orbax_context()
+        try:
+            if jax.process_index() == 0:
+                self._make_room(step)
+            with context:
+                response = orbax.save_checkpointables_async(self._folder(step), to_parts(named))
+        except Exception as error:
+            self._raise_failed_save(step, error)
+        self._own_steps.add(step)
+        self._pending = (step, self._thread.submit(self._complete, step, response, note))
+        return True
+
+    def check(self) -> None:
+        """Raises what the last save failed with, if it has failed. Costs nothing."""
+        if self._pending and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the running save is complete.
+
+        Raises:
+            UserError: it cannot be written.
+            TimeoutError: it did not end within `timeout_s`.
+        """
+        if self._pending is None:
+            return
+        step, future = self._pending
+        wait([future], self.config.timeout_s)
+        if not future.done():
+            raise TimeoutError(
+                f"the checkpoint of step {step} is not in {self.directory} after "
+                f"{self.config.timeout_s:g} s; look at the storage, or raise checkpoint.timeout_s"
+            )
+        self._pending = None
+        if error := future.exception():
+            self._own_steps.discard(step)
+            self._raise_failed_save(step, error)
+
+    def close(self) -> None:
+        """Waits for the running save and ends the thread. The manager cannot save after."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None, only: str | None = None
+    ) -> Restored:
+        """Loads a state onto the shardings of `abstract_state`, whatever mesh it was saved on.
+
+        Args:
+            abstract_state: the tree with `jax.ShapeDtypeStruct`s that have shardings, or arrays.
+                Floating arrays are cast to its dtypes. A leaf without sharding is replicated.
+            step: None is the newest step; if its files are damaged, a warning names them and the
+                step before is taken.
+            only: a top-level name, as "model"; then `abstract_state` is that part alone and only
+                its files are read.
+
+        Raises:
+            UserError: there is no checkpoint, none is intact, `step` is damaged, or it is of
+                another model; then the message has the first array that differs, and both shapes.
+        """
+        self.wait()
+        note = self._choose(step, only)
+        folder = self._folder(note.step)
+        named = [
+            (f"{only}/{name}" if only else name, leaf)
+            for name, leaf in named_leaves(abstract_state)
+        ]
+        check_same_model(folder, note, named, only)
+        mesh = next((m for _, leaf in named if (m := mesh_of(leaf))), None)
+        targets = [(name, target(leaf, mesh)) for name, leaf in named]
+        orbax, context = self._orbax_context()
+        with context:
+            loaded = orbax.load_checkpointables(folder, to_parts(targets))
+        leaves = [lookup(loaded, name) for name, _ in targets]
+        self._own_steps.add(note.step)
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return Restored(state, note.step, note.metadata)
+
+    def _choose(self, step: int | None, only: str | None) -> record.Record:
+        """The record of the step to use, verified by process 0 for all."""
+        said = None
+        if jax.process_index() == 0:
+            try:
+                said = json.dumps({"step": self._find(step, only)})
+            except UserError as error:
+                said = json.dumps({"error": str(error)})
+        answer = json.loads(distributed.share("checkpoint", said, self.config.timeout_s))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return record.read(self._folder(answer["step"]))
+
+    def _find(self, step: int | None, only: str | None) -> int:
+        if step is not None:
+            if step not in [found for found, _ in self._folders()]:
+                has = ", ".join(map(str, self.all_steps())) or "none"
+                raise UserError(f"no checkpoint of step {step} in {self.directory}; it has {has}")
+            if damage := self._damage(step, only):
+                raise UserError(f"checkpoint {self._folder(step)} cannot be used: {damage}")
+            return step
+        rejected = []
+        for candidate, complete in reversed(self._folders()):
+            damage = self._damage(candidate, only)
+            if damage is None:
+                return candidate
+            print(
+                f"jaxgen: warning: checkpoint {self._folder(candidate)} is not used: {damage}",
+                file=sys.stderr,
+                flush=True,
+            )
+            rejected.append(f"{candidate} ({damage})")
+            if complete:
+                self._damaged.add(candidate)
+        if rejected:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be used: {'; '.join(rejected)}; "
+                "restore the files, or start in another run directory"
+            )
+        raise UserError(f"no checkpoint in {self.directory}; train first, or name another folder")
+
+    def _damage(self, step: int, only: str | None) -> str | None:
+        folder = self._folder(step)
+        if self._verified & {(step, only), (step, None)}:
+            return None
+        try:
+            record.verify(folder, record.read(folder), only)
+        except record.Damaged as damage:
+            return str(damage)
+        self._verified.add((step, only))
+        return None
+
+    def _folder(self, step: int) -> epath.Path:
+        return self.directory / f"{step:0{_STEP_DIGITS}d}"
+
+    def _folders(self) -> list[tuple[int, bool]]:
+        """Every step there is, oldest first, and whether its save was completed."""
+        if not self.directory.exists():
+            return []
+        steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+        return [(step, (self._folder(step) / record.RECORD).exists()) for step in steps]
+
+    def _make_room(self, step: int) -> None:
+        """Removes what interrupted saves left, once, and what a damaged one left at this step."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._swept:
+            for path in self.directory.iterdir():
+                if "orbax-checkpoint-tmp" in path.name:
+                    path.rmtree()
+            for found, complete in self._folders():
+                if not complete:
+                    self._folder(found).rmtree()
+            self._swept = True
+        if self._folder(step).exists():
+            self._remove(step)
+
+    def _complete(self, step: int, response: Any, note: record.Record) -> None:
+        """Runs in the background: waits for Orbax, writes the record, applies the keep rules."""
+        response.result(self.config.timeout_s)
+        if jax.process_index() != 0:
+            return
+        record.write(self._folder(step), note)
+        self._damaged.discard(step)
+        # Steps after this one are of a life that was rolled back: training will overwrite them.
+        steps = [s for s in self.all_steps() if s <= step and s not in self._damaged]
+        every = self.config.keep_every_steps
+        kept = steps[-self.config.keep_last :] + [s for s in steps if every and s % every == 0]
+        for old in {*steps, *self._damaged} - {*kept}:
+            self._remove(old)
+            self._damaged.discard(old)
+
+    def _remove(self, step: int) -> None:
+        folder = self._folder(step)
+        # The record first: a folder that is half removed must not look complete.
+        (folder / record.RECORD).unlink(missing_ok=True)
+        folder.rmtree()
+
+    def _raise_failed_save(self, step: int, error: BaseException) -> NoReturn:
+        if reason := blame(error):
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}"
+            ) from error
+        raise error
+
+    def _orbax_context(self) -> tuple[Any, Any]:
+        orbax = _orbax()
+        context = orbax.Context()
+        context.asynchronous.timeout_secs = int(self.config.timeout_s)
+        return orbax, context
+
+
+def _orbax() -> Any:
+    return importlib.import_module("orbax.checkpoint.experimental.v1")
