@@ -128,13 +128,15 @@ class Attention(nnx.Module):
                 window=self.config.sliding_window if is_local else None,
                 soft_cap=self.config.attention_soft_cap,
                 scale=self.config.attention_scale,
+                in_order=cache is None,
                 # A cache is read by few queries at a time, which only the plain backend takes.
                 backend=self.backend if cache is None else "xla",
             )
 
         seen = checkpoint_name(self._by_kind(local, see), "attention")
         out = self.rules("batch", "seq", "act_embed")
-        y = jnp.einsum("BTNH,NHD->BTD", seen, self.o[...], out_sharding=out)
+        # h, not H: einsum contracts letters in sorted order, and H before N transposes the weight.
+        y = jnp.einsum("BTNh,NhD->BTD", seen, self.o[...], out_sharding=out)
         return checkpoint_name(y, "attention_out"), cache
 
     @staticmethod

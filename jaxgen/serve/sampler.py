@@ -1,0 +1,126 @@
+"""The next token of every row, drawn on the device: temperature, then top-k, then top-p.
+
+B rows, V vocab.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxgen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the tokens of one prompt's answer are chosen."""
+
+    max_tokens: int = 128
+    """Tokens generated at most."""
+    temperature: float = 0.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Only this many of the likeliest tokens can be drawn; 0 for all."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens that together have this probability; 1 for all."""
+    seed: int = 0
+    """Decides the draws, together with each token's position and nothing else."""
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens}; use at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature}; use 0 for greedy, or more")
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f"top_k={self.top_k}; use 0 for all tokens, or a number of tokens")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}; use a number above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}; use a number from 0 to 2**32 - 1")
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    seeds: UInt32[Array, " B"],
+    positions: Int[Array, " B"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> Int[Array, " B"]:
+    """Returns one token a row; rows of temperature 0 get the likeliest.
+
+    A row's draw is a function of its own logits, seed and position: not of the other rows, nor of
+    how many tokens one program makes. Tokens as likely as the last one that top-k or top-p lets in
+    are let in too. All in fp32; the vocabulary is whole on every device.
+
+    Args:
+        logits: fp32.
+        seeds: of the rows.
+        positions: in the sequence, of the tokens drawn here.
+        temperature: divides the logits.
+        top_k: 0 for all.
+        top_p: of what temperature and top-k leave; 1 for all.
+
+    Source: nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751; the order of the three is that
+    of Hugging Face transformers.
+    """
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    warm = temperature > 0
+
+    def draw() -> Int[Array, " B"]:
+        scaled = logits / jnp.where(warm, temperature, 1.0)[:, None]
+        # A batch that does not ask for a filter does not pay for it.
+        scaled = lax.cond(jnp.any(top_k > 0), _keep_top_k, _keep_all, scaled, top_k)
+        scaled = lax.cond(jnp.any(top_p < 1), _keep_top_p, _keep_all, scaled, top_p)
+        drawn = jnp.argmax(scaled + _gumbel(seeds, positions, logits.shape[1]), axis=-1)
+        return jnp.where(warm, drawn.astype(jnp.int32), likeliest)
+
+    return lax.cond(jnp.any(warm), draw, lambda: likeliest)
+
+
+def _gumbel(seeds, positions, num):
+    """Noise whose argmax with logits is a draw from their softmax."""
+
+    def row(seed, position):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, (num,), jnp.float32)
+
+    return jax.vmap(row)(seeds, positions)
+
+
+def _keep_all(logits, _):
+    return logits
+
+
+def _keep_top_k(logits, top_k):
+    target = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
+    return _keep_heaviest(logits, jnp.ones_like(logits), target)
+
+
+def _keep_top_p(logits, top_p):
+    target = jnp.where(top_p < 1, top_p, jnp.inf)
+    return _keep_heaviest(logits, jax.nn.softmax(logits, axis=-1), target)
+
+
+def _keep_heaviest(
+    logits: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Hides all but the fewest largest logits whose weights add up to `target`, if they do.
+
+    It finds the smallest logit that stays bit by bit, in 32 passes over the row and without a sort,
+    which accelerators are slow at.
+    """
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # As unsigned integers these are in the order of the floats they come from.
+    order = jnp.where(bits >= sign, ~bits, bits | sign)
+
+    def one_bit(i, smallest):
+        guess = smallest | (sign >> i.astype(jnp.uint32))
+        above = jnp.sum(jnp.where(order >= guess[:, None], weights, 0.0), axis=-1)
+        return jnp.where(above >= target, guess, smallest)
+
+    smallest = lax.fori_loop(0, 32, one_bit, jnp.zeros_like(target, jnp.uint32))
+    return jnp.where(order >= smallest[:, None], logits, -jnp.inf)
