@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgen.compiler import compiler_options
 from jaxgen.data.loader import Batch
-from jaxgen.errors import UserError
 from jaxgen.train.evaluate import evaluate_batch
 from jaxgen.train.step import TrainState, init_state, train_step
 
@@ -56,7 +55,7 @@ def make_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     Raises:
         UserError: a dimension does not divide into its shards.
     """
-    check(config, mesh)
+    config.check(mesh)
     with jax.set_mesh(mesh):
         key = jax.random.key(config.train.seed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
@@ -71,7 +70,7 @@ def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
     Raises:
         UserError: a dimension does not divide into its shards.
     """
-    check(config, mesh)
+    config.check(mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(lambda state, batch: train_step(config, state, batch), donate_argnums=0)
         lowered = step.lower(abstract_state(config, mesh), abstract_batch(config, mesh))
@@ -84,23 +83,3 @@ def compile_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled
         model, batch = abstract_state(config, mesh).model, abstract_batch(config, mesh)
         lowered = jax.jit(evaluate_batch).lower(model, batch)
         return lowered.compile(compiler_options=compiler_options(mesh))
-
-
-def check(config: "TrainConfig", mesh: Mesh) -> None:
-    """Checks that the model and the batch divide into their shards.
-
-    Raises:
-        UserError: the first dimension that does not.
-    """
-    rules, train = config.rules, config.train
-    config.model.check_mesh(mesh, rules)
-    micro_batch = train.batch_size // train.grad_accum_steps
-    if train.batch_size % train.grad_accum_steps:
-        raise UserError(
-            f"train.batch_size={train.batch_size} is not divisible by "
-            f"train.grad_accum_steps={train.grad_accum_steps}; use a multiple"
-        )
-    field = "train.batch_size"
-    if train.grad_accum_steps > 1:
-        field += f" / train.grad_accum_steps={train.grad_accum_steps}"
-    rules.check(mesh, {"batch": (field, micro_batch), "seq": ("train.seq_len", train.seq_len)})

@@ -1,0 +1,192 @@
+"""The training loop: what a run does, from start or resume to its last checkpoint."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.data.dataset import PackedData, prepare
+from jaxgen.data.loader import Loader
+from jaxgen.data.tokenizer import check_vocab
+from jaxgen.distributed import Preemption
+from jaxgen.errors import UserError
+from jaxgen.fields import to_json
+from jaxgen.metrics import MetricWriter
+from jaxgen.models.decoder import Decoder
+from jaxgen.sharding import make_mesh
+from jaxgen.train.evaluate import evaluate
+from jaxgen.train.program import (
+    abstract_state,
+    batch_sharding,
+    compile_evaluation,
+    compile_step,
+    make_state,
+)
+from jaxgen.train.step import TrainState
+
+if TYPE_CHECKING:
+    from jaxgen.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a run is, and what one step takes."""
+
+    steps: int = 1000
+    """Optimizer steps in the whole run; the learning-rate schedule ends here."""
+    batch_size: int = 32
+    """Rows in each step, over all devices and micro-batches."""
+    seq_len: int = 1024
+    """Tokens in a row."""
+    grad_accum_steps: int = 1
+    """Micro-batches that each step adds up; a row count must divide into them."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 in the objective; 1e-4 keeps logits from drifting."""
+    seed: int = 0
+    """Of the initial parameters. The order of the data has its own, data.shuffle_seed."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}; use 1 or more")
+
+
+def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = None) -> TrainState:
+    """Trains until `config.train.steps`, from the newest checkpoint of `run_dir` if it has one.
+
+    Args:
+        config: the run.
+        run_dir: where its config, metrics and checkpoints live. The same call resumes it.
+        mesh: what to run on; None makes `config.mesh` of all devices.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UserError: something in the config, the data or the run directory cannot work.
+    """
+    from jaxgen.config import save_config
+
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    config.check(mesh)
+    run_dir = epath.Path(run_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        # Compiling takes one core and most of the start; data and parameters get ready meanwhile.
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2, "compile"))
+        train_step = pool.submit(compile_step, config, mesh)
+        evaluation = pool.submit(compile_evaluation, config, mesh)
+        packed = prepare(config.data, config.train.seq_len)
+        check_vocab(packed.tokenizer, config.model.vocab_size)
+        loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
+        checkpoints = stack.enter_context(
+            CheckpointManager(run_dir / "checkpoints", config.checkpoint)
+        )
+        state, first = _start(config, mesh, checkpoints, packed)
+        about = {"config": to_json(config), "data": packed.fingerprint}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir)
+        metrics = stack.enter_context(
+            MetricWriter(
+                run_dir,
+                config.metrics,
+                resume_step=first,
+                total_steps=config.train.steps,
+                flops_per_token=config.model.flops_per_token(config.train.seq_len),
+                devices=mesh.devices.flat,
+            )
+        )
+        held_out = _HeldOut(config, loader, evaluation)
+        if first == 0 and held_out.every:
+            metrics.write(0, {}, **held_out(state.model))
+        checkpoints.preload()
+        batches = stack.enter_context(loader.batches(first, config.train.steps))
+        preemption = stack.enter_context(Preemption())
+        for step, batch in enumerate(batches, start=first + 1):
+            state, values = train_step.result()(state, batch)
+            _stop_if_broken(config, metrics.write(step, values, data_wait_s=batches.wait_s))
+            checkpoints.check()
+            last, stopping = step == config.train.steps, preemption.reached(step)
+            if held_out.due(step) or (last and held_out.every):
+                with metrics.paused():
+                    metrics.add(**held_out(state.model))
+            if last or stopping or checkpoints.due(step):
+                # First the metrics: a resumed run writes no line of a step before its checkpoint.
+                _stop_if_broken(config, metrics.flush())
+                checkpoints.save(step, state, about)
+            if stopping:
+                break
+        checkpoints.wait()
+    return state
+
+
+def _start(
+    config: "TrainConfig", mesh: Mesh, checkpoints: CheckpointManager, packed: PackedData
+) -> tuple[TrainState, int]:
+    """Returns the newest state of the run, or a fresh one, and how many steps it has done."""
+    if checkpoints.latest_step() is None:
+        return make_state(config, mesh), 0
+    state, step, about = checkpoints.restore(abstract_state(config, mesh))
+    _check_same_data(config, about, packed.fingerprint, checkpoints)
+    if step > config.train.steps:
+        raise UserError(
+            f"{checkpoints.directory} has done {step} steps and train.steps={config.train.steps}; "
+            "raise it, or give another --run-dir"
+        )
+    return state, step
+
+
+def _check_same_data(
+    config: "TrainConfig", about: dict[str, Any], fingerprint: str, checkpoints: CheckpointManager
+) -> None:
+    """A resumed run must see the rows it would have seen: nothing lost, nothing twice."""
+    then = about["config"]["train"]
+    for name in ("batch_size", "seq_len"):
+        now = getattr(config.train, name)
+        if then[name] != now:
+            raise UserError(
+                f"train.{name}={now}, but {checkpoints.directory} was trained with {then[name]}; "
+                f"use train.{name}={then[name]}, or give another --run-dir"
+            )
+    if about["data"] != fingerprint:
+        raise UserError(
+            f"the data is not what {checkpoints.directory} was trained on (sources, weights, "
+            "tokenizer or data.shuffle_seed changed); restore it, or give another --run-dir"
+        )
+
+
+class _HeldOut:
+    """Evaluates on the same held-out batches every time; they stay on the devices."""
+
+    def __init__(self, config: "TrainConfig", loader: Loader, evaluation: Future):
+        self.every = config.eval.every_steps
+        self.evaluation = evaluation
+        self.batches = list(loader.held_out(config.eval.batches)) if self.every else []
+        self.bytes_per_token = loader.packed.eval_bytes_per_token
+
+    def due(self, step: int) -> bool:
+        """Whether this step is followed by an evaluation."""
+        return bool(self.every) and step % self.every == 0
+
+    def __call__(self, model: Decoder) -> dict[str, float]:
+        """Returns eval_loss and eval_bits_per_byte."""
+        compiled = self.evaluation.result()
+        return evaluate(compiled, model, self.batches, bytes_per_token=self.bytes_per_token)
+
+
+def _stop_if_broken(config: "TrainConfig", written: dict[str, Any] | None) -> None:
+    """Ends a run whose last steps were all skipped; its checkpoints are from before."""
+    limit = config.optimizer.max_skipped_in_row
+    if written and written.get("skipped_in_row", 0) >= limit:
+        raise UserError(
+            f"{limit} steps in a row were skipped until step {written['step']} (loss "
+            f"{written['loss']}, gradient norm {written['grad_norm']}): lower "
+            "optimizer.learning_rate, raise optimizer.warmup_steps, or look at the data with "
+            "jaxgen data show"
+        )
