@@ -1,0 +1,1 @@
+"""Documents in, batches out: `dataset.prepare` packs sources, `loader.Loader` gives batches."""

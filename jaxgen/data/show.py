@@ -1,0 +1,71 @@
+"""What `jaxgen data pack` and `jaxgen data show` print."""
+
+from jaxgen.data.config import DataConfig
+from jaxgen.data.dataset import PackedData, prepare
+from jaxgen.data.loader import Loader
+from jaxgen.data.pack import SPLITS
+
+
+def pack(config: DataConfig, seq_len: int) -> str:
+    """Packs what is not packed yet; returns a summary of each source's manifest."""
+    return summary(prepare(config, seq_len))
+
+
+def summary(packed: PackedData) -> str:
+    """Returns what was packed and where it lies, as text."""
+    lines = [
+        f"tokenizer  {packed.tokenizer.vocab_size} tokens, {packed.tokenizer.fingerprint[:12]}"
+    ]
+    total = sum(source.weight for source in packed.config.sources)
+    for source, folder, manifest in zip(
+        packed.config.sources, packed.folders, packed.manifests, strict=True
+    ):
+        lines += [
+            f"{source.kind}  {manifest.source}  {source.weight / total:.1%} of the rows",
+            f"  folder   {folder}",
+            f"  read     {manifest.files:,} files, {manifest.documents:,} documents; left out "
+            f"{manifest.undecodable:,} not UTF-8, {manifest.empty:,} empty",
+        ]
+        lines += [f"           not UTF-8: {example}" for example in manifest.undecodable_examples]
+        for split in SPLITS:
+            info = getattr(manifest, split)
+            filled = info.tokens / max(info.rows * manifest.seq_len, 1)
+            lines.append(
+                f"  {split:<9}{info.rows:,} rows of {manifest.seq_len}, {info.tokens:,} tokens "
+                f"({filled:.1%} of the rows), {info.text_bytes:,} bytes of text"
+            )
+    return "\n".join(lines)
+
+
+def show(
+    config: DataConfig, seq_len: int, batch_size: int, step: int, max_rows: int | None = None
+) -> str:
+    """Returns the batch of a step as the model sees it: its rows, their documents, their text.
+
+    Args:
+        config: the data of the run.
+        seq_len: tokens a row.
+        batch_size: global rows a step.
+        step: counted from 0.
+        max_rows: how many rows to show; None for all.
+    """
+    packed = prepare(config, seq_len)
+    loader = Loader(packed, batch_size)
+    batch, (sources, indices) = loader.host_batch(step), loader.locate(step)
+    shown = batch_size if max_rows is None else min(max_rows, batch_size)
+    lines = [
+        f"step {step}: {batch_size} rows of {seq_len} tokens; {int(batch.weights.sum())} targets, "
+        f"{int((batch.segments == 0).sum())} tokens of padding; {shown} rows shown"
+    ]
+    for row in range(shown):
+        name = packed.manifests[sources[row]].source
+        segments = batch.segments[row]
+        lines.append(f"=== row {row}: row {indices[row]} of {name}, {segments.max()} documents")
+        for segment in range(1, segments.max() + 1):
+            own = segments == segment
+            tokens, targets = batch.tokens[row, own].tolist(), int(batch.weights[row, own].sum())
+            lines.append(f"--- document {segment}: {len(tokens)} tokens, {targets} targets")
+            lines.append(packed.tokenizer.decode(tokens, special=True))
+        if (segments == 0).any():
+            lines.append(f"--- padding: {int((segments == 0).sum())} tokens")
+    return "\n".join(lines)

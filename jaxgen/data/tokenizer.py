@@ -1,0 +1,274 @@
+"""Text to token ids and back: bytes, a Hugging Face `tokenizer.json`, or BPE trained on a corpus.
+
+All three are one `tokenizers` model behind one class, so they are saved and loaded the same way,
+and every one of them is a file that other software can read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from jaxgen.data import sources
+from jaxgen.errors import UserError
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+# Names by which published tokenizers call them, for a tokenizer.json without tokenizer_config.json.
+_KNOWN_BOS = (BOS, "<s>", "<bos>", "[BOS]", "<|startoftext|>")
+_KNOWN_EOS = (EOS, "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+_KNOWN_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
+
+# Words, numbers of up to three digits, punctuation and runs of space are never merged across.
+# Source: the pattern of the Llama 3 tokenizer, which keeps a line's indentation in one token.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# A longer text is encoded in parts cut at line ends: an Encoding takes some 100 bytes a token.
+_MAX_CHARS = 1 << 20
+
+
+class Tokenizer:
+    """A vocabulary with an end of text; immutable, and safe to share between threads.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        bos_id: the token that begins a text, or None where the vocabulary has none.
+        eos_id: the token that ends a text.
+        pad_id: what fills a row that has no more text; the model never sees it as a target.
+        fingerprint: a hash of everything that changes what `encode` returns.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer, *, bos: str | None, eos: str, pad: str | None):
+        model.no_truncation()
+        model.no_padding()
+        self.json = model.to_str()
+        self._special = model
+        # A document that quotes "<|end_of_text|>" must not end there.
+        self._plain = tokenizers.Tokenizer.from_str(self.json)
+        self._plain.encode_special_tokens = True
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.vocab_size = max(model.get_vocab().values()) + 1
+        self.bos_id = None if bos is None else self._id(bos)
+        self.eos_id = self._id(eos)
+        self.pad_id = self.eos_id if pad is None else self._id(pad)
+        names = json.dumps(self._names, sort_keys=True)
+        self.fingerprint = hashlib.sha256((self.json + names).encode()).hexdigest()
+
+    @staticmethod
+    def from_bytes() -> "Tokenizer":
+        """Returns the tokenizer whose ids 0 to 255 are the bytes of UTF-8."""
+        return _wrap(models.BPE(vocab=_byte_alphabet(), merges=[]), split=None)
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Returns a byte-level BPE of exactly `vocab_size` tokens, where the texts hold that many.
+
+        Raises:
+            UserError: `vocab_size` has no room for the 256 bytes and the two special tokens.
+        """
+        if vocab_size < 258:
+            raise UserError(
+                f"bpe_vocab_size={vocab_size} is less than the 256 bytes and 2 special tokens; "
+                "use at least 258"
+            )
+        model = _wrap(models.BPE(), split=_SPLIT)._special
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
+        return Tokenizer(model, bos=BOS, eos=EOS, pad=None)
+
+    @staticmethod
+    def load(path: str) -> "Tokenizer":
+        """Returns the tokenizer in a `tokenizer.json`, or in a folder that holds one.
+
+        A `tokenizer_config.json` beside it names the special tokens; without one they are found by
+        the names that published tokenizers use.
+
+        Raises:
+            UserError: nothing is there, it is not a tokenizer, or it has no end of text.
+        """
+        path = str(path).rstrip("/")
+        folder, _, name = path.rpartition("/")
+        if not name.endswith(".json"):
+            folder, name = path, "tokenizer.json"
+        folder = folder or "."
+        text = sources.read_bytes(f"{folder}/{name}")
+        try:
+            model = tokenizers.Tokenizer.from_str(text.decode())
+        except Exception as error:  # The library raises plain Exception on a file of another kind.
+            raise UserError(
+                f"{path} is not a tokenizer ({error}); give a Hugging Face tokenizer.json, "
+                "or use data.tokenizer=bpe or bytes"
+            ) from None
+        config = _read_config(f"{folder}/tokenizer_config.json")
+        names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token")}
+        vocab = model.get_vocab()
+        eos = names["eos_token"] or next((t for t in _KNOWN_EOS if t in vocab), None)
+        if eos is None:
+            raise UserError(
+                f"{path} has no end-of-text token; put a tokenizer_config.json with eos_token "
+                "beside it"
+            )
+        bos = names["bos_token"] if config else next((t for t in _KNOWN_BOS if t in vocab), None)
+        pad = _token_name(config.get("pad_token")) or next(
+            (t for t in _KNOWN_PAD if t in vocab), None
+        )
+        return Tokenizer(model, bos=bos, eos=eos, pad=pad)
+
+    def save(self, folder: str) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` into a folder at any location."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
+        sources.write_bytes(f"{folder}/tokenizer.json", self.json.encode())
+        sources.write_bytes(
+            f"{folder}/tokenizer_config.json", json.dumps(config, indent=2).encode()
+        )
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of a text, without begin and end.
+
+        Args:
+            text: any text.
+            special: whether the names of special tokens in the text stand for those tokens.
+        """
+        model = self._special if special else self._plain
+        return model.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """Returns the ids from which a model goes on: the begin of text, then the text."""
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return begin + self.encode(text, special=special)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns each text as int32 ids with its begin and end, using all cores."""
+        parts = [_split_long(text) for text in texts]
+        flat = [part for document in parts for part in document]
+        encoded = iter(self._plain.encode_batch_fast(flat, add_special_tokens=False))
+        begin = [] if self.bos_id is None else [self.bos_id]
+        documents = []
+        for document in parts:
+            ids = [np.asarray(next(encoded).ids, np.int32) for _ in document]
+            ends = np.asarray(begin, np.int32), np.asarray([self.eos_id], np.int32)
+            documents.append(np.concatenate([ends[0], *ids, ends[1]]))
+        return documents
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
+        """Returns the text of ids; bytes that are not UTF-8 read as U+FFFD.
+
+        Args:
+            ids: token ids.
+            special: whether special tokens appear by name or are left out.
+        """
+        return self._special.decode([int(token) for token in ids], skip_special_tokens=not special)
+
+    def _id(self, token: str) -> int:
+        number = self._special.token_to_id(token)
+        if number is None:
+            raise UserError(
+                f"the tokenizer has no token {token!r}, which its tokenizer_config.json names; "
+                "correct the name there"
+            )
+        return number
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back a character until all its bytes are there.
+
+    What `push` and `flush` return, put together, is what `decode` returns for all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Returns the text that this token completes, often empty or several characters."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        new = text[self._shown :]
+        if not new or text.endswith("\ufffd"):
+            return ""
+        # Only the last token stays, so that a long text costs no more by the token; it stays
+        # because some tokenizers drop a space at the start of what they decode.
+        self._ids = self._ids[-1:]
+        self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def flush(self) -> str:
+        """Returns what was held back at the end of the text."""
+        text = self._tokenizer.decode(self._ids)
+        new, self._ids, self._shown = text[self._shown :], [], 0
+        return new
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Checks that a model of `vocab_size` tokens has a row for every token.
+
+    Raises:
+        UserError: it has not.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and model.vocab_size={vocab_size}; "
+            f"set model.vocab_size to {-(-tokenizer.vocab_size // 128) * 128}"
+        )
+
+
+def _wrap(model: Any, split: str | None) -> Tokenizer:
+    """Returns a byte-level tokenizer with the two special tokens of our own vocabularies."""
+    tokenizer = tokenizers.Tokenizer(model)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if split is None:
+        tokenizer.pre_tokenizer = by_byte
+    else:
+        words = pre_tokenizers.Split(Regex(split), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, by_byte])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (BOS, EOS)])
+    return Tokenizer(tokenizer, bos=BOS, eos=EOS, pad=None)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Returns byte-level BPE's character for each byte, with the byte as its id.
+
+    Source: GPT-2's encoder: printable Latin-1 characters stand for themselves, the others take the
+    code points from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+def _split_long(text: str) -> list[str]:
+    parts = []
+    while len(text) > _MAX_CHARS:
+        cut = text.rfind("\n", 0, _MAX_CHARS) + 1 or _MAX_CHARS
+        parts.append(text[:cut])
+        text = text[cut:]
+    return [*parts, text]
+
+
+def _read_config(url: str) -> dict[str, Any]:
+    if not sources.exists(url):
+        return {}
+    try:
+        return json.loads(sources.read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is not JSON ({error}); correct or remove it") from None
+
+
+def _token_name(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,140 @@
+import json
+
+import fsspec
+import pytest
+import tokenizers
+from corpus import texts
+
+from jaxgen.data.tokenizer import EOS, TextStream, Tokenizer, check_vocab
+from jaxgen.errors import UserError
+
+TEXT = "def f(x):\n\treturn 'é漢字😀' + \u00a0x  # \x00\r\n" + EOS + " \ufffd end"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Tokenizer.train(texts(200), 320)
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request, bpe):
+    return Tokenizer.from_bytes() if request.param == "bytes" else bpe
+
+
+def test_bytes_are_bytes():
+    tokenizer = Tokenizer.from_bytes()
+    assert tokenizer.encode(TEXT) == list(TEXT.encode())
+    assert tokenizer.vocab_size == 258
+    assert sorted({tokenizer.bos_id, tokenizer.eos_id}) == [256, 257]
+
+
+def test_text_comes_back(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert max(ids) < tokenizer.vocab_size
+    assert tokenizer.encode(EOS, special=True) == [tokenizer.eos_id]
+    assert tokenizer.decode([tokenizer.eos_id]) == ""
+    assert tokenizer.decode([tokenizer.eos_id], special=True) == EOS
+
+
+def test_training_is_repeatable_and_shortens(bpe):
+    again = Tokenizer.train(texts(200), 320)
+    assert again.fingerprint == bpe.fingerprint
+    assert bpe.vocab_size == 320
+    text = " ".join(texts(5))
+    assert len(bpe.encode(text)) < 0.6 * len(text.encode())
+
+
+def test_documents_equal_single_texts(tokenizer, monkeypatch):
+    documents = [*texts(5), ""]
+    encoded = tokenizer.encode_documents(documents)
+    for document, ids in zip(documents, encoded, strict=True):
+        assert ids.tolist() == [
+            tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id
+        ]  # fmt: skip
+    # A long text is encoded in parts cut at line ends.
+    monkeypatch.setattr("jaxgen.data.tokenizer._MAX_CHARS", 50)
+    long = "\n".join(texts(5))
+    assert tokenizer.decode(tokenizer.encode_documents([long])[0]) == long
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_save_and_load(tokenizer, tmp_path, where):
+    folder = str(tmp_path / "a" / "b") if where == "folder" else f"memory://{tmp_path.name}"
+    tokenizer.save(folder)
+    for path in (folder, f"{folder}/tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+        assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (
+            tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        )  # fmt: skip
+    with fsspec.open(f"{folder}/tokenizer.json", "rt") as file:
+        outside = tokenizers.Tokenizer.from_str(file.read())
+    text = TEXT.replace(EOS, "")
+    assert outside.encode(text).ids == tokenizer.encode(text)
+
+
+def test_a_stream_shows_what_decode_shows(tokenizer):
+    ids = [*tokenizer.encode(TEXT), tokenizer.eos_id, *tokenizer.encode("漢 字")]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids[:-1]]
+    cut = "".join(pieces) + stream.flush()
+    assert cut == tokenizer.decode(ids[:-1])
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push(token) for token in ids) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_no_half_character_is_shown():
+    stream = TextStream(Tokenizer.from_bytes())
+    assert [stream.push(byte) for byte in "é😀".encode()] == ["", "é", "", "", "", "😀"]
+    assert stream.push(0xC3) == ""
+    assert stream.flush() == "\ufffd"
+
+
+def outside_tokenizer(*special):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(list(special))
+    return model
+
+
+def test_special_tokens_of_a_published_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    outside_tokenizer("<s>", "</s>", "<eot>").save(str(path))
+    found = Tokenizer.load(str(path))
+    assert (found.bos_id, found.eos_id, found.pad_id) == (2, 3, 3)
+    config = {"eos_token": {"content": "<eot>"}, "bos_token": None, "pad_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = Tokenizer.load(str(tmp_path))
+    assert (named.bos_id, named.eos_id, named.pad_id) == (None, 4, 3)
+    assert named.encode_prompt("a") == [0]
+    assert found.encode_prompt("a") == [2, 0]
+    assert named.fingerprint != found.fingerprint
+
+
+def test_what_is_no_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(str(path))
+    path.write_text('{"model": 3}')
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(str(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        Tokenizer.load(str(path))
+    outside_tokenizer("<x>").save(str(path))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        Tokenizer.load(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<y>"}')
+    with pytest.raises(UserError, match="has no token '<y>'"):
+        Tokenizer.load(str(path))
+    with pytest.raises(UserError, match="use at least 258"):
+        Tokenizer.train(["a"], 200)
+
+
+def test_the_vocabulary_must_fit_the_model(bpe):
+    check_vocab(bpe, 320)
+    with pytest.raises(UserError, match=r"320 tokens and model.vocab_size=319; set .* to 384"):
+        check_vocab(bpe, 319)
