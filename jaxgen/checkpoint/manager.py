@@ -322,6 +322,7 @@ class CheckpointManager:
 
     def _remove(self, step: int) -> None:
         folder = self._folder(step)
+        self._verified = {key for key in self._verified if key[0] != step}
         # The record first: a folder that is half removed must not look complete.
         (folder / record.RECORD).unlink(missing_ok=True)
         folder.rmtree()
