@@ -9,13 +9,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# The functions `train` and `generate` are left in their modules, `jaxgen.train.loop` and
-# `jaxgen.generate`: here they would hide the module of the same name.
+# The function `train` is left in its module, `jaxgen.train.loop`: here it would hide the package
+# of the same name.
 _MODULES = {
     "checkpoint.manager": ("CheckpointConfig", "CheckpointManager"),
     "config": ("TrainConfig", "load_config", "read_config", "save_config"),
     "data.loader": ("Batch", "Loader"),
-    "data.dataset": ("DataConfig", "prepare"),
+    "data.config": ("DataConfig",),
+    "data.dataset": ("prepare",),
     "data.sources": ("Source",),
     "data.tokenizer": ("Tokenizer",),
     "errors": ("UserError",),
@@ -23,6 +24,8 @@ _MODULES = {
     "models.decoder": ("ComputeConfig", "Decoder", "DecoderConfig"),
     "nn.rope": ("RopeScaling",),
     "nn.stack": ("Remat",),
+    "serve.generate": ("Generator", "generate", "generate_text"),
+    "serve.sampler": ("SamplingConfig",),
     "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
     "train.evaluate": ("EvalConfig",),
     "train.loop": ("LoopConfig",),

@@ -1,11 +1,12 @@
 """The `jaxgen` command: a config file, dotted overrides, help, and errors without tracebacks.
 
-The effects live here: argv and the environment, the distributed runtime, the devices, the mesh and
+The effects live here: argv and the environment, the simulated devices, the distributed runtime and
 the compilation cache. Modules are imported where a command needs them, so that help and mistakes
 answer at once.
 """
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -56,11 +57,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "T",
         "help": "divides the logits; 0 takes the likeliest token (default: 0)",
     },
-    "--top-k": {"type": int, "metavar": "K", "help": "sample among the K likeliest tokens"},
+    "--top-k": {
+        "type": int,
+        "default": 0,
+        "metavar": "K",
+        "help": "sample among the K likeliest tokens; 0 for all (default: 0)",
+    },
     "--top-p": {
         "type": float,
+        "default": 1.0,
         "metavar": "P",
-        "help": "sample among the likeliest tokens that sum to probability P",
+        "help": "sample among the likeliest tokens that sum to probability P (default: 1)",
     },
     "--seed": {"type": int, "default": 0, "metavar": "S", "help": "of sampling (default: 0)"},
     "--step": {
@@ -187,7 +194,7 @@ def _load(kind: str, path: str, overrides: dict[str, str]) -> Any:
 
 
 def _train(args: argparse.Namespace, config: Any) -> None:
-    _start(config)
+    _start()
     from jaxgen.train.loop import train
 
     train(config, args.run_dir or str(Path("runs") / config.name))
@@ -197,19 +204,24 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     if args.prompt is None and sys.stdin.isatty():
         raise UserError("no prompt; give --prompt TEXT, or a text on standard input")
     prompts = args.prompt or [sys.stdin.read()]
-    _start(config)
-    from jaxgen.generate import generate_text
+    _start()
+    import jax
 
-    completions = generate_text(
-        config,
-        args.source,
-        prompts,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    from jaxgen.checkpoint.manager import CheckpointManager
+    from jaxgen.data.tokenizer import Tokenizer
+    from jaxgen.serve.generate import generate_text
+    from jaxgen.serve.sampler import SamplingConfig
+    from jaxgen.sharding import make_mesh
+    from jaxgen.train.program import abstract_state
+
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    mesh = make_mesh(config.mesh)
+    config.model.check_mesh(mesh, config.rules)
+    tokenizer = Tokenizer.load(f"{args.source}/tokenizer")
+    with CheckpointManager(f"{args.source}/checkpoints") as checkpoints, jax.set_mesh(mesh):
+        model = checkpoints.restore(abstract_state(config, mesh).model, only="model").state
+        completions = generate_text(model, tokenizer, prompts, sampling)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(prompt + completion)
 
@@ -227,7 +239,7 @@ def _data_show(args: argparse.Namespace, config: Any) -> None:
 
 
 def _bench_train(args: argparse.Namespace, config: Any) -> None:
-    _start(config)
+    _start()
     from jaxgen.train.bench import bench_train
 
     results = bench_train(config)
@@ -253,22 +265,13 @@ COMMANDS = {
 }
 
 
-def _start(config: Any) -> None:
-    """Joins the other processes, checks the config against the devices and enters its mesh."""
-    import jax
-
+def _start() -> None:
+    """Turns the compilation cache on and joins the other processes of the run."""
+    from jaxgen.compiler import enable_compilation_cache
     from jaxgen.distributed import initialize
-    from jaxgen.sharding import make_mesh
 
-    if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jaxgen" / "xla"))
-        # Programs that compile faster than this are not worth a file.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    enable_compilation_cache()
     initialize(os.environ)
-    mesh = make_mesh(config.mesh)
-    config.check(mesh)
-    jax.set_mesh(mesh)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,16 +7,16 @@ ran, overrides included, is written to `config.json` in the run directory and re
 import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxgen import fields
 from jaxgen.checkpoint.manager import CheckpointConfig
-from jaxgen.data.dataset import DataConfig
+from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
 from jaxgen.metrics import MetricsConfig
 from jaxgen.models.decoder import ComputeConfig, DecoderConfig
@@ -97,8 +97,7 @@ def load_config(source: str, overrides: Mapping[str, str] | None = None) -> Trai
     names = _run_file(Path(path))
     if name not in names:
         configs = [key for key, value in names.items() if isinstance(value, TrainConfig)]
-        hint = fields.did_you_mean(name, configs)
-        raise UserError(f"{path} has no {name!r}{hint or f'; it has {_listed(configs)}'}")
+        raise UserError(f"{path} has no {name!r}; it has {', '.join(configs) or 'no TrainConfig'}")
     value = names[name]
     if callable(value):
         value = _call(value, Path(path))
@@ -112,6 +111,7 @@ def save_config(config: TrainConfig, run_dir: Any) -> None:
     from etils import epath
 
     path = epath.Path(run_dir) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{FILE_NAME}.partial")
     partial.write_text(json.dumps(fields.to_json(config), indent=2) + "\n")
     partial.replace(path)
@@ -157,23 +157,18 @@ def _run_file(path: Path) -> dict[str, Any]:
 
 
 def _call(function: Any, path: Path) -> Any:
-    """Calls code of a config file; an error raised on one of its own lines is the user's."""
+    """Calls code of a config file; an error raised on one of its own lines is the user's.
+
+    So is one of a config's `__post_init__`, which compares values of any type.
+    """
     try:
         return function()
     except UserError:
         raise
     except Exception as error:
-        last = _last_frame(error.__traceback__)
-        if last is None or last.tb_frame.f_code.co_filename != str(path):
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == str(path)]
+        if not own or not (frames[-1] is own[-1] or frames[-1].name == "__post_init__"):
             raise
-        raise UserError(f"{path}:{last.tb_lineno}: {type(error).__name__}: {error}") from error
-
-
-def _last_frame(traceback: TracebackType | None) -> TracebackType | None:
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) if names else "no TrainConfig"
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}:{own[-1].lineno}: {what}") from error

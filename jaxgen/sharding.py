@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from jaxgen.errors import UserError
 
@@ -111,20 +111,34 @@ class Rules:
 
     # Parameters.
     vocab: Axes = "tensor"
+    """Rows of the embedding table and of the output layer."""
     embed: Axes = "fsdp"
+    """The residual width of every parameter."""
     heads: Axes = "tensor"
+    """Query heads of the attention projections."""
     kv_heads: Axes = "tensor"
+    """Key and value heads of the attention projections."""
     head_dim: Axes = None
+    """Width of one head."""
     mlp: Axes = "tensor"
+    """Width of the MLP."""
     expert: Axes = "expert"
+    """Experts."""
     layers: Axes = None
+    """Stacked layers."""
     # Activations.
     batch: Axes = BATCH_AXES
+    """Rows of a batch."""
     seq: Axes = None
+    """Positions of a row."""
     act_embed: Axes = None
+    """Residual width of activations."""
     act_heads: Axes = "tensor"
+    """Heads of activations."""
     act_mlp: Axes = "tensor"
+    """MLP width of activations."""
     act_vocab: Axes = "tensor"
+    """Vocabulary of logits."""
 
     def __post_init__(self):
         for name, axes in self.items():
@@ -176,11 +190,11 @@ class Rules:
             spec.append(left if len(left) > 1 else left[0] if left else None)
         return PartitionSpec(*spec, reduced=frozenset(split))
 
-    def shards(self, name: str, mesh: Mesh) -> int:
+    def shards(self, name: str, mesh: Mesh | AbstractMesh) -> int:
         """Into how many parts the logical axis is split on this mesh."""
         return math.prod(mesh.shape[axis] for axis in logical_to_mesh(getattr(self, name)))
 
-    def check(self, mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+    def check(self, mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
         """Checks that every dimension divides into its shards.
 
         Args:

@@ -21,15 +21,18 @@ ALLOWED = {
     "sharding": {"errors"},
     "compiler": BASE,
     "distributed": BASE,
-    "metrics": BASE | {"distributed"},
+    "metrics": BASE | {"distributed", "metric_files"},
+    "metric_files": {"errors"},
     "nn": BASE,
     "models": BASE | {"nn"},
     "data": BASE | {"distributed", "metrics"},
     "checkpoint": BASE | {"distributed", "metrics"},
     "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
     "train": BASE
-    | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"},
-    "generate": BASE | {"distributed", "nn", "models", "data", "checkpoint", "config"},
+    | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
+    | {"fields"},
+    "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
+    "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
 }
 EVERYTHING = {"cli", "__init__", "__main__"}
 # What every layer is written in, or so light that owning it means nothing.

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -128,7 +128,7 @@ class DecoderConfig:
             seen += (window * window / 2 + (seq_len - window) * window) / seq_len
         return 6 * matmul + 12 * N * H * seen
 
-    def check_mesh(self, mesh: Mesh, rules: Rules) -> None:
+    def check_mesh(self, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
         """Checks that every dimension divides into its shards on this mesh.
 
         Raises:

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import reshard
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.train.optimizer import learning_rate, make_optimizer
+from jaxgen.train.optimizer import global_norm, learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from jaxgen.config import TrainConfig
@@ -78,7 +77,7 @@ def train_step(
         zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros((), jnp.float32))
         (grads, loss), _ = jax.lax.scan(accumulate, zeros, _micro_batches(batch, accum))
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = global_norm(grads)
     optimizer = config.optimizer
     if optimizer.clip_grad_norm:
         scale = jnp.minimum(1.0, optimizer.clip_grad_norm / (grad_norm + 1e-6))

@@ -1,0 +1,192 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxgen.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The command would move the suite's cache of compiled programs.
+    monkeypatch.setattr("jaxgen.compiler.enable_compilation_cache", lambda: None)
+
+
+def refused(capsys, *argv):
+    """Runs a command that must fail for a reason of the user's; returns its one line."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("jaxgen: ")
+    assert list(Path.cwd().iterdir()) == []
+    return err.removeprefix("jaxgen: ").rstrip("\n")
+
+
+def run_python(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=ENVIRON)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "no command 'trian'; did you mean train?"),
+        (["frobnicate"], "no command 'frobnicate'; see jaxgen --help"),
+        (["serve", "runs/tiny"], "no command 'serve'"),
+        (["data"], "jaxgen data takes pack or show"),
+        (["bench", "serve"], "jaxgen bench takes train, not 'serve'"),
+        (["train"], "jaxgen train needs CONFIG.py[:name]: a Python file"),
+        (["train", "nope.py"], "no config file nope.py"),
+        (["train", TINY, "--train.stesp", "3"], "no field --train.stesp; did you mean --train.st"),
+        (["train", TINY, "--steps", "3"], "no field --steps; did you mean --train.steps?"),
+        (["train", TINY, "--run_dir", "x"], "no option --run_dir; did you mean --run-dir?"),
+        (["train", TINY, "--train.steps", "many"], "--train.steps many: expected INT"),
+        (["train", TINY, "--train.steps"], "--train.steps needs a value"),
+        (["train", TINY, "--train.steps", "--mesh.fsdp"], "--train.steps needs a value"),
+        (["train", TINY, "extra"], "unrecognized arguments: extra; see jaxgen train --help"),
+        (["train", TINY, "--devices", "x"], "argument --devices: invalid int value: 'x'"),
+        (["train", TINY, "--devices", "0"], "--devices 0; use a positive number of devices"),
+        (["generate", "runs/none", "--prompt", "x"], "runs/none has no config.json"),
+        (
+            ["train", TINY, "--mesh.fsdp", "3"],
+            "needs 12 devices and there are 8; use data=2 fsdp=2",
+        ),
+        (["train", TINY, "--mesh.tensor", "4", "--mesh.data", "1"], "num_kv_heads=2 is not divisi"),
+        (
+            ["train", TINY, "--model.norms", "none"],
+            "--model.norms none: expected pre|post|pre_post",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+def test_overview_lists_every_command_and_no_other(capsys):
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  jaxgen ([a-z ]+) [A-Z]", capsys.readouterr().out, re.MULTILINE)
+    assert listed == list(COMMANDS)
+
+
+def test_help_of_a_config_shows_every_field_with_its_unit_and_value(capsys):
+    assert main(["train", TINY, "--train.steps", "12345", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"--train.steps INT\n +[^\[]{10,}\[12345\]", out)
+    assert "--run-dir DIR" in out
+    assert "--model.rope_scaling.factor FLOAT" in out
+    assert "[none; set a field" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(capsys, command):
+    assert main([*command.split(), "--help"]) == 0
+    assert COMMANDS[command].summary in capsys.readouterr().out
+
+
+def test_train_gets_the_config_and_the_run_directory(monkeypatch):
+    import jaxgen.train.loop
+
+    seen = []
+
+    def train(config, run_dir):
+        seen.append((config, run_dir))
+
+    monkeypatch.setattr(jaxgen.train.loop, "train", train)
+    argv = ["train", "--train.steps=3", TINY, "--mesh.fsdp", "-1", "--name", "mine"]
+    assert main(argv) == 0
+    assert main([*argv, "--run-dir", "there"]) == 0
+    (config, run_dir), (_, second_dir) = seen
+    assert (config.train.steps, config.mesh.fsdp, config.name) == (3, -1, "mine")
+    assert (run_dir, second_dir) == ("runs/mine", "there")
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    import jaxgen.train.loop
+
+    def train(config, run_dir):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(jaxgen.train.loop, "train", train)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", TINY])
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/x"), OSError(28, "")])
+def test_the_machine_refusing_is_the_users(monkeypatch, capsys, error):
+    import jaxgen.train.loop
+
+    def train(config, run_dir):
+        raise error
+
+    monkeypatch.setattr(jaxgen.train.loop, "train", train)
+    assert "choose another place" in refused(capsys, "train", TINY)
+
+
+@pytest.mark.smoke
+def test_a_real_process_says_one_line_and_exits_with_2(tmp_path):
+    done = run_python("-m", "jaxgen", "train", TINY, "--devices", "6")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "jaxgen: mesh data=2 x fsdp=2 x tensor=2 needs 8 devices and there are 6; "
+        "use data=1 fsdp=3 tensor=2, or --devices 8 to simulate it\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_value_in_a_config_file_is_one_line(tmp_path):
+    wrong = [
+        ("train=LoopConfig(steps", "train=LoopConfig(stepz", "got an unexpected keyword argument"),
+        ("num_layers=4", "num_layers='4'", "model.num_layers='4': expected INT"),
+        ("num_kv_heads=2", "num_kv_heads='2'", "2.py:23: TypeError: unsupported operand"),
+        ("num_kv_heads=2", "num_kv_heads=3", "model.num_heads=4 is not a multiple of model.num_kv"),
+    ]
+    for i, (old, new, _) in enumerate(wrong):
+        (tmp_path / f"{i}.py").write_text(Path(TINY).read_text().replace(old, new))
+    # In a process of its own: here the tests' type checker would be faster than the config's.
+    code = "from jaxgen.cli import main; print([main(['train', f'{i}.py']) for i in range(4)])"
+    done = run_python("-c", code)
+    assert done.stdout == "[2, 2, 2, 2]\n"
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(wrong)
+    for line, (_, _, message) in zip(lines, wrong, strict=True):
+        assert message in line
+
+
+def test_ctrl_c_is_one_line_and_exits_with_130(tmp_path):
+    (tmp_path / "slow.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgen", "train", "slow.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRON,
+    )
+    assert process.stdout.readline() == "here\n"
+    start = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "jaxgen: interrupted\n")
+    assert time.perf_counter() - start < 10
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m jaxgen train {TINY} --help"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -n 1"],
+        capture_output=True,
+        text=True,
+        env=ENVIRON,
+    )
+    assert done.stderr == ""
