@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from jaxgen.data import sources
 from jaxgen.data.cache import build_once, default_cache_dir
 from jaxgen.data.config import DataConfig
-from jaxgen.data.pack import FORMAT, Manifest, PackedRows, pack_documents
+from jaxgen.data.pack import pack_documents
+from jaxgen.data.rows import FORMAT, Manifest, PackedRows
 from jaxgen.data.sources import File, ReadReport, Source
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 
-# BPE is trained on this many characters: 8,192 tokens of Python code take 2 s on two cores.
+# BPE is trained on this many characters: 8,192 tokens of Python code take 2 to 4 s on two cores.
 _BPE_SAMPLE_CHARS = 10_000_000
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int32
 
 from jaxgen.data.dataset import PackedData
 from jaxgen.data.mixture import Mixture
-from jaxgen.data.pack import PackedRows
+from jaxgen.data.rows import PackedRows
 from jaxgen.errors import UserError
 
 

@@ -1,29 +1,27 @@
-"""Documents packed ahead of time into fixed rows, in ArrayRecord shards beside a manifest.
-
-A row is up to `seq_len` tokens of one or more documents. A record holds it as little-endian
-`uint32` counts (how many segments, then their lengths) and the tokens as `uint16`, or `uint32` for
-a vocabulary above 65,536. Segment ids and positions follow from the lengths.
-
-Legend: T tokens a row (`seq_len`).
-"""
+"""Packing: documents are encoded, cut or put together into fixed rows, and split in two sets."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from jaxgen.data.rows import (
+    FORMAT,
+    SPLITS,
+    Manifest,
+    ShardWriter,
+    SplitInfo,
+    encode_row,
+    file_errors,
+    open_shard,
+    shard_name,
+)
 from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-
-FORMAT = 1
-SPLITS = ("train", "eval")
 
 # Rows still open to a fitting document; the packer's memory is this many rows. With 1,024 the files
 # of the Python standard library leave 0.5% of rows of 4,096 tokens as padding, 0.1% of 256.
@@ -36,66 +34,6 @@ _ENCODE_CHARS = 4 << 20
 _SPLIT_TOKENS = 8192
 
 _SHARD_BYTES = 256 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitInfo:
-    """What one split of a packed source holds."""
-
-    rows: int
-    tokens: int
-    text_bytes: int
-    """Bytes of UTF-8 that the tokens stand for."""
-    shard_bytes: tuple[int, ...]
-    """Size of each shard's file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says of a packed source."""
-
-    format: int
-    source: str
-    files: int
-    documents: int
-    undecodable: int
-    undecodable_examples: tuple[str, ...]
-    empty: int
-    tokenizer: str
-    """The tokenizer's fingerprint."""
-    vocab_size: int
-    seq_len: int
-    token_dtype: str
-    rows_per_shard: int
-    train: SplitInfo
-    eval: SplitInfo
-    digest: str
-    """SHA-256 of all rows: two packs with one digest give the same batches."""
-
-    @staticmethod
-    def read(folder: pathlib.Path) -> "Manifest":
-        """Reads the manifest of a packed source.
-
-        Raises:
-            UserError: there is none, or it is not one of this version.
-        """
-        path = folder / "manifest.json"
-        try:
-            fields = json.loads(path.read_text())
-            if fields["format"] != FORMAT:
-                raise UserError(
-                    f"{path} has format {fields['format']}, not {FORMAT}; pack it again"
-                )
-            for split in SPLITS:
-                split_fields = fields[split]
-                split_fields["shard_bytes"] = tuple(split_fields["shard_bytes"])
-                fields[split] = SplitInfo(**split_fields)
-            fields["undecodable_examples"] = tuple(fields["undecodable_examples"])
-            return Manifest(**fields)
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a folder of packed rows; pack it first") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete {folder} and try again") from None
 
 
 class RowPacker:
@@ -158,7 +96,7 @@ class _SplitWriter:
         self._packer = RowPacker(seq_len)
         self._seq_len = seq_len
         self.rows_per_shard = max(1, _SHARD_BYTES // (seq_len * dtype.itemsize))
-        self._writer: ArrayRecordWriter | None = None
+        self._writer: ShardWriter | None = None
         self._digest = hashlib.sha256()
         self.rows = self.tokens = self.text_bytes = 0
 
@@ -185,28 +123,18 @@ class _SplitWriter:
         if self.rows % self.rows_per_shard == 0:
             self._close()
             path = self._folder / shard_name(self._split, self.rows // self.rows_per_shard)
-            # One row a chunk: a row is read alone, wherever the shuffle puts it.
-            self._writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
+            self._writer = open_shard(path)
         assert self._writer is not None
         record = encode_row(row, self._dtype)
         self._digest.update(record)
-        with _file_errors():
+        with file_errors():
             self._writer.write(record)
         self.rows += 1
 
     def _close(self) -> None:
         if self._writer is not None:
-            with _file_errors():
+            with file_errors():
                 self._writer.close()
-
-
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """Turns ArrayRecord's RuntimeError on a file, such as one on a full disk, into OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
 
 
 def pack_documents(
@@ -278,60 +206,6 @@ def pack_documents(
     tokenizer.save(str(folder))
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
     return manifest
-
-
-class PackedRows:
-    """The rows of one split of a packed source, by index; safe to read from several threads."""
-
-    def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str):
-        self.manifest = manifest
-        self.info: SplitInfo = getattr(manifest, split)
-        self._shards = [
-            folder / shard_name(split, number) for number in range(len(self.info.shard_bytes))
-        ]
-        for path, size in zip(self._shards, self.info.shard_bytes, strict=True):
-            found = path.stat().st_size if path.exists() else 0
-            if found != size:
-                raise UserError(
-                    f"{path} has {found} bytes where its manifest says {size}; "
-                    f"delete {folder} and pack it again"
-                )
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self.info.rows
-
-    def __getitem__(self, index: int) -> list[np.ndarray]:
-        """Returns the segments of one row as int32 ids."""
-        shard, record = divmod(index, self.manifest.rows_per_shard)
-        with self._lock:
-            if shard not in self._readers:
-                # No read-ahead: rows are read in shuffled order.
-                self._readers[shard] = ArrayRecordReader(
-                    str(self._shards[shard]), "readahead_buffer_size:0,max_parallelism:0"
-                )
-            raw = self._readers[shard].read([record])[0]
-        return decode_row(raw, np.dtype(self.manifest.token_dtype))
-
-
-def shard_name(split: str, number: int) -> str:
-    """The file name of a shard."""
-    return f"{split}-{number:05d}.array_record"
-
-
-def encode_row(row: list[np.ndarray], dtype: np.dtype) -> bytes:
-    """Returns the record of a row of segments."""
-    counts = np.array([len(row), *map(len, row)], "<u4")
-    return counts.tobytes() + np.concatenate(row).astype(dtype).tobytes()
-
-
-def decode_row(record: bytes, dtype: np.dtype) -> list[np.ndarray]:
-    """Returns the segments that `encode_row` was given, as int32."""
-    count = int(np.frombuffer(record, "<u4", 1)[0])
-    lengths = np.frombuffer(record, "<u4", count, 4)
-    tokens = np.frombuffer(record, dtype, offset=4 * (count + 1)).astype(np.int32)
-    return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from jaxgen.data.config import DataConfig
 from jaxgen.data.dataset import PackedData, prepare
 from jaxgen.data.loader import Loader
-from jaxgen.data.pack import SPLITS
+from jaxgen.data.rows import SPLITS
 
 
 def pack(config: DataConfig, seq_len: int) -> str:

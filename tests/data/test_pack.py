@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from corpus import texts
 
-from jaxgen.data.pack import Manifest, PackedRows, RowPacker, decode_row, encode_row, pack_documents
+from jaxgen.data.pack import RowPacker, pack_documents
+from jaxgen.data.rows import Manifest, PackedRows, decode_row, encode_row
 from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
