@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.compiler import compiler_options
 from jaxgen.data.loader import Batch
@@ -29,7 +29,8 @@ def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
         state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
 
     def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(on_mesh, state)
