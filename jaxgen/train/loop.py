@@ -91,7 +91,9 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         state, first = _start(config, mesh, checkpoints, packed)
         about = {"config": to_json(config), "data": packed.fingerprint}
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir)
+        if jax.process_index() == 0:
+            save_config(config, run_dir)
+            packed.tokenizer.save(str(run_dir / "tokenizer"))
         metrics = stack.enter_context(
             MetricWriter(
                 run_dir,
