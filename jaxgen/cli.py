@@ -33,7 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "CONFIG.py[:name]",
         "help": "a Python file and the config in it (name: config); try configs/tiny.py",
     },
-    MODEL: {"metavar": "MODEL", "help": "a run directory, such as runs/tiny"},
+    MODEL: {
+        "metavar": "MODEL",
+        "help": "a run directory such as runs/tiny, or one of its checkpoints",
+    },
     "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
     "--run-dir": {
         "metavar": "DIR",
@@ -190,7 +193,13 @@ def _load(kind: str, path: str, overrides: dict[str, str]) -> Any:
 
     if kind == CONFIG:
         return config.load_config(path, overrides)
-    return fields.override(config.read_config(path), overrides)
+    from jaxgen.serve.load import split_location
+    from jaxgen.sharding import MeshConfig
+
+    run_dir, _ = split_location(path)
+    # The mesh it was trained on may not be here; any other gives the same text.
+    trained = dataclasses.replace(config.read_config(run_dir), mesh=MeshConfig())
+    return fields.override(trained, overrides)
 
 
 def _train(args: argparse.Namespace, config: Any) -> None:
@@ -207,20 +216,16 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
-    from jaxgen.checkpoint.manager import CheckpointManager
-    from jaxgen.data.tokenizer import Tokenizer
     from jaxgen.serve.generate import generate_text
+    from jaxgen.serve.load import load_model
     from jaxgen.serve.sampler import SamplingConfig
     from jaxgen.sharding import make_mesh
-    from jaxgen.train.program import abstract_state
 
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
     mesh = make_mesh(config.mesh)
-    config.model.check_mesh(mesh, config.rules)
-    tokenizer = Tokenizer.load(f"{args.source}/tokenizer")
-    with CheckpointManager(f"{args.source}/checkpoints") as checkpoints, jax.set_mesh(mesh):
-        model = checkpoints.restore(abstract_state(config, mesh).model, only="model").state
+    model, tokenizer = load_model(args.source, config, mesh)
+    with jax.set_mesh(mesh):
         completions = generate_text(model, tokenizer, prompts, sampling)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(prompt + completion)

@@ -7,10 +7,11 @@ dimension has to say with `out_sharding=` where its result goes.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.errors import UserError
 
@@ -100,6 +101,21 @@ def simulate_devices(num_devices: int) -> None:
         raise UserError(f"--devices {num_devices}; use a positive number of devices to simulate")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+T = TypeVar("T")
+
+
+def abstract(make: Callable[[], T], mesh: Mesh) -> T:
+    """Returns the shapes, dtypes and shardings of make() on this mesh; computes nothing."""
+    with jax.set_mesh(mesh):
+        tree = jax.eval_shape(make)
+
+    def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(on_mesh, tree)
 
 
 Axes = str | tuple[str, ...] | None

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxgen.compiler import compiler_options
 from jaxgen.data.loader import Batch
+from jaxgen.sharding import abstract
 from jaxgen.train.evaluate import evaluate_batch
 from jaxgen.train.step import TrainState, init_state, train_step
 
@@ -25,15 +26,7 @@ def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
 
 def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of a state on this mesh; computes nothing."""
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-
-    def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(on_mesh, state)
+    return abstract(lambda: init_state(config, jax.random.key(0)), mesh)
 
 
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:

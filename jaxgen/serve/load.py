@@ -1,0 +1,55 @@
+"""A trained model and its tokenizer, from a run directory or one of its checkpoints."""
+
+import os
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.config import TrainConfig
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
+from jaxgen.models.decoder import Decoder
+from jaxgen.sharding import abstract
+
+TOKENIZER = "tokenizer"
+
+
+def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]:
+    """Returns the run directory, and the step if `location` is RUN/checkpoints/STEP.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = epath.Path(location)
+    if (path / "config.json").exists():
+        return path, None
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
+        return path.parent.parent, int(path.name)
+    raise UserError(
+        f"{location} is no run directory and no checkpoint of one; "
+        "give one that jaxgen train made, such as runs/tiny or runs/tiny/checkpoints/00000200"
+    )
+
+
+def load_model(
+    location: str | os.PathLike, config: TrainConfig, mesh: Mesh
+) -> tuple[Decoder, Tokenizer]:
+    """Returns the model of a run's newest checkpoint, or of the one given, and its tokenizer.
+
+    Only the model is read, straight into its shards on `mesh`, whatever mesh it was trained on.
+
+    Raises:
+        UserError: nothing is there, or it is damaged, or the model does not fit the mesh.
+    """
+    run_dir, step = split_location(location)
+    config.model.check_mesh(mesh, config.rules)
+
+    def make() -> Decoder:
+        key = jax.random.key(0)
+        return Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+
+    with CheckpointManager(run_dir / "checkpoints") as checkpoints:
+        model = checkpoints.restore(abstract(make, mesh), step=step, only="model").state
+    return model, Tokenizer.load(str(run_dir / TOKENIZER))
