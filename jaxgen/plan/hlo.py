@@ -1,0 +1,195 @@
+"""Reads what a compiled, scheduled XLA program does: which operations run, and how often.
+
+The text is `compiled.as_text()`. It is parsed by its lines, for the protocol buffer behind it is
+not part of JAX's interface.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+# A line `%name (parameters) -> result {` opens a computation; the rest are its instructions.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
+    r"(-start)?$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    """The result as written, layouts included; a tuple in parentheses."""
+    opcode: str
+    rest: str
+    """Operands and attributes as written."""
+
+    @property
+    def arrays(self) -> list[tuple[str, int]]:
+        """(dtype, bytes) of each array in the result."""
+        found = []
+        for dtype, dims in _ARRAY.findall(self.shape):
+            elements = math.prod(int(n) for n in dims.split(",") if n)
+            bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d+).*", r"\1", dtype))
+            found.append((dtype, -(-elements * bits // 8)))
+        return found
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of a regular expression over operands and attributes."""
+        match = re.search(pattern, self.rest)
+        return match and match[1]
+
+    @property
+    def op_name(self) -> str:
+        """The JAX operation it came from, as a path of transformations and functions."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that devices exchange."""
+
+    kind: str
+    """all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute."""
+    dtype: str
+    num_bytes: int
+    """Of the whole array: what a gather returns, what a reduction takes."""
+    group_size: int
+    """Devices that take part with each other."""
+    trips: int
+    """Times it runs in one call of the program."""
+    asynchronous: bool
+    """Whether computation may run while it does."""
+    op_name: str
+    """The JAX operation it came from."""
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes each device sends in one call of the program, by the bandwidth-optimal algorithm.
+
+        Source: Chan et al. 2007, "Collective communication: theory, practice, and experience".
+        """
+        if self.kind == "collective-permute":
+            return float(self.num_bytes * self.trips)
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.num_bytes * self.trips * (self.group_size - 1) / self.group_size
+
+
+class Program:
+    """A parsed program."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        count = re.search(r"num_partitions=(\d+)", text)
+        self.num_devices = int(count[1]) if count else 1
+        body: list[Instruction] = []
+        for line in text.splitlines():
+            if opened := _COMPUTATION.match(line):
+                body = self.computations[opened[2]] = []
+                self.entry = opened[2] if opened[1] else self.entry
+            elif instruction := _INSTRUCTION.match(line):
+                body.append(Instruction(*instruction.groups()))
+        if not self.entry:
+            raise ValueError("not the text of a compiled program: it has no ENTRY computation")
+
+    def executed(self, computation: str | None = None) -> Iterator[tuple[Instruction, int]]:
+        """Yields every instruction that runs, and how often; those inside a fusion too.
+
+        Each branch of a conditional counts as taken.
+
+        Raises:
+            ValueError: a loop's number of trips is not written in the program.
+        """
+        for instruction in self.computations[computation or self.entry]:
+            yield instruction, 1
+            if instruction.opcode == "while":
+                body = instruction.attribute(r"body=%?([\w.\-]+)")
+                trips = self._trips(instruction)
+                assert body is not None
+                for inner, times in self.executed(body):
+                    yield inner, trips * times
+                continue
+            called = _CALLED.findall(instruction.rest)
+            if branches := instruction.attribute(_BRANCHES.pattern):
+                called += [name.strip().lstrip("%") for name in branches.split(",")]
+            # The function that a reduction applies to each pair of elements is not counted.
+            if instruction.opcode in ("fusion", "call", "conditional", "async-start"):
+                for name in called:
+                    yield from self.executed(name)
+
+    def collectives(self) -> list[Collective]:
+        """Returns all exchanges between devices, one for each array."""
+        found: list[Collective] = []
+        chains: set[tuple[str, str]] = set()
+        for instruction, trips in self.executed():
+            match = _COLLECTIVE.match(instruction.opcode)
+            if not match:
+                continue
+            kind, start = match[1], bool(match[2])
+            # A TPU runs a collective beside the fusions between its start and its end; each of them
+            # repeats it, with the same chain and channel.
+            chain = instruction.attribute(r'chain_id="(\d+)"')
+            if chain is not None:
+                channel = instruction.attribute(r"channel_id=(\d+)") or ""
+                if (chain, channel) in chains:
+                    continue
+                chains.add((chain, channel))
+            group = self._group_size(instruction)
+            arrays = instruction.arrays
+            # A start returns its operands too.
+            if start and kind == "all-gather":
+                arrays = arrays[len(arrays) // 2 :]
+            elif start and kind == "collective-permute":
+                arrays = arrays[1:2]
+            found += [
+                Collective(
+                    kind=kind,
+                    dtype=dtype,
+                    num_bytes=num_bytes * (group if kind == "reduce-scatter" else 1),
+                    group_size=group,
+                    trips=trips,
+                    asynchronous=start or chain is not None,
+                    op_name=instruction.op_name,
+                )
+                for dtype, num_bytes in arrays
+            ]
+        return [collective for collective in found if collective.group_size > 1]
+
+    def _trips(self, loop: Instruction) -> int:
+        known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
+        constants = {
+            i.name: int(i.rest.split(")")[0])
+            for i in condition
+            if i.opcode == "constant" and i.rest.split(")")[0].isdigit()
+        }
+        # A scan counts from 0 by 1 while its counter is below a constant.
+        for instruction in condition:
+            bound = instruction.attribute(r"%([\w.\-]+)\), direction=LT")
+            if instruction.opcode == "compare" and bound in constants:
+                return constants[bound]
+        raise ValueError(f"loop {loop.name} ({loop.op_name}) does not say how often it runs")
+
+    def _group_size(self, instruction: Instruction) -> int:
+        if instruction.opcode.startswith("collective-permute"):
+            return self.num_devices
+        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest)
+        if named:
+            sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+        listed = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
+        if listed:
+            return listed.count(",") + 1
+        tiled = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
+        return int(tiled) if tiled else self.num_devices
