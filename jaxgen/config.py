@@ -107,14 +107,26 @@ def load_config(source: str, overrides: Mapping[str, str] | None = None) -> Trai
 
 
 def save_config(config: TrainConfig, run_dir: Any) -> None:
-    """Writes `config.json` in a run directory (any `epath` location), whole or not at all."""
+    """Makes a run directory (any `epath` location) and its `config.json`, whole or not at all.
+
+    Raises:
+        UserError: the directory cannot be made or written.
+    """
     from etils import epath
 
     path = epath.Path(run_dir) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{FILE_NAME}.partial")
-    partial.write_text(json.dumps(fields.to_json(config), indent=2) + "\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(json.dumps(fields.to_json(config), indent=2) + "\n")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; give another --run-dir") from error
 
 
 def read_config(run_dir: Any) -> TrainConfig:

@@ -1,8 +1,10 @@
+import errno
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 from jax.sharding import AbstractMesh
 
 from jaxgen import fields
@@ -192,6 +194,23 @@ def test_a_damaged_config_json_is_named(tmp_path, text, message):
 def test_a_folder_without_a_config_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"has no config.json; give a run directory"):
         read_config(tmp_path)
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file/run/config.json: Not a directory;"):
+        save_config(shipped("tiny.py"), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(path, text):
+        Path(path).touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(epath.Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device; give another --run-dir"):
+        save_config(shipped("tiny.py"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 if __name__ == "__main__":

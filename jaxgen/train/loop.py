@@ -90,7 +90,6 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         )
         state, first = _start(config, mesh, checkpoints, packed)
         about = {"config": to_json(config), "data": packed.fingerprint}
-        run_dir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             save_config(config, run_dir)
             packed.tokenizer.save(str(run_dir / "tokenizer"))
