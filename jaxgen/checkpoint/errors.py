@@ -41,6 +41,6 @@ def _chain(error: BaseException | None):
 
 
 def _named_errno(text: str) -> int:
-    """tensorstore puts `[OS error 28: ENOSPC No space left on device]` into its messages."""
-    found = re.search(r"OS error (\d+):", text)
+    """tensorstore raises ValueError("RESOURCE_EXHAUSTED: ... [os_error_code='28']")."""
+    found = re.search(r"os_error_code='(\d+)'", text)
     return int(found[1]) if found else 0

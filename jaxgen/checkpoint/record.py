@@ -40,7 +40,7 @@ class Record:
 
 def write(folder: epath.Path, record: Record) -> None:
     """Completes the checkpoint in `folder`: records its files, in one atomic last write."""
-    record = dataclasses.replace(record, files=_measure(folder, list(_walk(folder))))
+    record = dataclasses.replace(record, files=_measure(folder, sorted(_walk(folder))))
     body = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, allow_nan=True)
     text = f'{{"crc32": {zlib.crc32(body.encode())}, "record":\n{body}\n}}\n'
     if not is_local(folder):
