@@ -286,16 +286,27 @@ class CheckpointManager:
 
     def _folders(self) -> list[tuple[int, bool]]:
         """Every step there is, oldest first, and whether its save was completed."""
-        if not self.directory.exists():
-            return []
-        steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+        steps = sorted(int(path.name) for path in self._entries() if path.name.isdecimal())
         return [(step, (self._folder(step) / record.RECORD).exists()) for step in steps]
+
+    def _entries(self) -> list[epath.Path]:
+        return list(self.directory.iterdir()) if self.directory.exists() else []
 
     def _make_room(self, step: int) -> None:
         """Removes what interrupted saves left, once, and what a damaged one left at this step."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if record.is_local(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif not self._swept:
+            # tensorstore asks for ever for a bucket that is absent or closed; this asks once.
+            try:
+                (self.directory / "writable").write_text("")
+                (self.directory / "writable").unlink()
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"checkpoints cannot be written to {self.directory}: there is no such bucket"
+                ) from error
         if not self._swept:
-            for path in self.directory.iterdir():
+            for path in self._entries():
                 if "orbax-checkpoint-tmp" in path.name:
                     path.rmtree()
             for found, complete in self._folders():
@@ -328,6 +339,8 @@ class CheckpointManager:
         folder.rmtree()
 
     def _raise_failed_save(self, step: int, error: BaseException) -> NoReturn:
+        if isinstance(error, UserError):
+            raise error
         if reason := blame(error):
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}"
