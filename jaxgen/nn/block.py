@@ -5,14 +5,13 @@ B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import attend
-from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm
+from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm, product
 from jaxgen.nn.rope import rotate
 
 if TYPE_CHECKING:
@@ -87,9 +86,9 @@ class Attention(nnx.Module):
         scanned.
         """
 
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
-        v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        q = product("BTD,DNH->BTNH", x, self.q[...])
+        k = product("BTD,DKH->BTKH", x, self.k[...])
+        v = product("BTD,DKH->BTKH", x, self.v[...])
         if self.config.qkv_bias:
             q += self.q_bias[...][None, None]
             k += self.k_bias[...][None, None]
@@ -136,7 +135,7 @@ class Attention(nnx.Module):
         seen = checkpoint_name(self._by_kind(local, see), "attention")
         out = self.rules("batch", "seq", "act_embed")
         # h, not H: einsum contracts letters in sorted order, and H before N transposes the weight.
-        y = jnp.einsum("BTNh,NhD->BTD", seen, self.o[...], out_sharding=out)
+        y = product("BTNh,NhD->BTD", seen, self.o[...], out)
         return checkpoint_name(y, "attention_out"), cache
 
     @staticmethod

@@ -3,6 +3,7 @@
 B batch, T positions, D embed, F mlp, V vocab.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxgen.sharding import Rules, logical_to_mesh
@@ -72,6 +74,39 @@ class Maker:
         return (self.stack, *shape), self.rules("layers", *axes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(formula: str, x: jax.Array, w: jax.Array, out: P | None = None) -> jax.Array:
+    """jnp.einsum(formula, x, w, out_sharding=out), with a weight gradient that is fast on CPU.
+
+    JAX's own rule forms the gradient of `w` transposed, which XLA's CPU products read both operands
+    backwards for: half the speed. Elsewhere the two are the same.
+
+    Args:
+        formula: as "BTD,DF->BTF": x, then the weight.
+        x: activations.
+        w: a weight; where it is `reduced`, its gradient is left as a partial sum over those axes.
+        out: the result's sharding, where the contraction runs over a sharded dimension.
+    """
+    return jnp.einsum(formula, x, w, out_sharding=out)
+
+
+def _product_forward(formula, x, w, out):
+    return product(formula, x, w, out), (x, w)
+
+
+def _product_backward(formula, out, operands, dy):
+    x, w = operands
+    inputs, y_dims = formula.split("->")
+    x_dims, w_dims = inputs.split(",")
+    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=jax.typeof(x).sharding.spec)
+    spec = jax.typeof(w).sharding.spec
+    partial = P(*spec.partitions, unreduced=spec.reduced)
+    return dx, jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=partial)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale in fp32, returned in x's dtype.
 
@@ -109,11 +144,11 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP; the contraction over `mlp` is a reduction over its mesh axis."""
 
-        gate = checkpoint_name(jnp.einsum("BTD,DF->BTF", x, self.gate[...]), "mlp_gate")
-        up = checkpoint_name(jnp.einsum("BTD,DF->BTF", x, self.up[...]), "mlp_up")
+        gate = checkpoint_name(product("BTD,DF->BTF", x, self.gate[...]), "mlp_gate")
+        up = checkpoint_name(product("BTD,DF->BTF", x, self.up[...]), "mlp_up")
         hidden = ACTIVATIONS[self.activation](gate) * up
         out = self.rules("batch", "seq", "act_embed")
-        y = jnp.einsum("BTF,FD->BTD", hidden, self.down[...], out_sharding=out)
+        y = product("BTF,FD->BTD", hidden, self.down[...], out)
         return checkpoint_name(y, "mlp_out")
 
 
