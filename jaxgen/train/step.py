@@ -20,20 +20,23 @@ NORM_DECAY = 0.98
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a run carries from step to step, and all that a checkpoint has to hold."""
+    """All that a run carries from step to step, and all that a checkpoint has to hold.
+
+    A pytree whose leaves are arrays, or their shapes or shardings: so no field says jax.Array.
+    """
 
     model: Decoder
     """fp32 parameters."""
     opt_state: Any
     """optax's moments, sharded like their parameters."""
-    step: jax.Array
-    """Steps done, int32; the data position too, for a batch is a function of the step."""
-    grad_norm_mean: jax.Array
-    """Running mean of the gradient norms of steps that were applied."""
-    skipped: jax.Array
-    """Steps skipped so far, int32."""
-    skipped_in_row: jax.Array
-    """Steps skipped since the last one that was applied, int32."""
+    step: Any
+    """Steps done, int32 []; the data position too, for a batch is a function of the step."""
+    grad_norm_mean: Any
+    """Running mean of the gradient norms of steps that were applied, float32 []."""
+    skipped: Any
+    """Steps skipped so far, int32 []."""
+    skipped_in_row: Any
+    """Steps skipped since the last one that was applied, int32 []."""
 
 
 def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
