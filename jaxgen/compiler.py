@@ -7,15 +7,23 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-# Without it, gathers of FSDP weights become windowed einsums (a product a hop, behind a permute
-# each): 1.4 to 2.3 times slower by libtpu's own cycle counts.
+# Gathers of FSDP weights otherwise become windowed einsums, a product and a permute for each hop:
+# 1.4 to 2.3 times slower by libtpu's own cycle counts.
 NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
+# Gradient reductions run beside the backward products, one array at a time, where the default is
+# one synchronous reduction of several. The 8B step on v5e:4x4: 73% of the bytes that its layers
+# reduce are hidden instead of none, libtpu's cycles fall from 2.57 to 2.42 G, the peak from 12.2 to
+# 10.9 GiB (libtpu 0.0.52).
+ASYNC_ALL_REDUCE = {
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_jf_crs_combiner_threshold_in_bytes": "0",
+    "xla_max_concurrent_async_all_reduces": "4",
+}
+
 TPU_OPTIONS: dict[str, dict[str, str]] = {
-    "TPU v5 lite": NO_WINDOWED_EINSUM,
-    "TPU v5": NO_WINDOWED_EINSUM,
-    "TPU v6 lite": NO_WINDOWED_EINSUM,
-    "TPU7x": NO_WINDOWED_EINSUM,
+    "TPU v5 lite": NO_WINDOWED_EINSUM | ASYNC_ALL_REDUCE,
 }
 
 
@@ -35,7 +43,8 @@ def enable_compilation_cache(directory: str | None = None) -> str:
     compile time are kept: a run starts many small ones.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxgen" / "xla"
-    directory = directory or jax.config.jax_compilation_cache_dir or str(default)
+    told = jax.config.values.get("jax_compilation_cache_dir")
+    directory = directory or told or str(default)
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
