@@ -269,7 +269,8 @@ def _open(url: str) -> Iterator[IO[bytes]]:
     with _advice(url):
         import fsspec
 
-        file = fsspec.open(url, "rb", compression="infer").open()
+        opened: Any = fsspec.open(url, "rb", compression="infer")
+        file = opened.open()
     with file:
         yield file
 

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
+from jaxgen.nn.attention import Backend
 from jaxgen.nn.block import Layer, LayerCache, Sight, Span
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.layers import ACTIVATIONS, Maker, RMSNorm, embed, soft_cap
@@ -152,7 +153,7 @@ class ComputeConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of matrix products and activations; parameters are stored in float32."""
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Backend = "auto"
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""

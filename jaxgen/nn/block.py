@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.nn.attention import attend
+from jaxgen.nn.attention import Backend, attend
 from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm, product
 from jaxgen.nn.rope import rotate
 
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
     Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
 
-    def __init__(self, maker: Maker, config: "DecoderConfig", backend: str):
+    def __init__(self, maker: Maker, config: "DecoderConfig", backend: Backend):
         self.rules, self.config, self.backend = maker.rules, config, backend
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.q = maker.normal("q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D)
@@ -85,7 +85,6 @@ class Attention(nnx.Module):
         `local` layers see `config.sliding_window` tokens back; it is traced where layers are
         scanned.
         """
-
         q = product("BTD,DNH->BTNH", x, self.q[...])
         k = product("BTD,DKH->BTKH", x, self.k[...])
         v = product("BTD,DKH->BTKH", x, self.v[...])
@@ -105,6 +104,7 @@ class Attention(nnx.Module):
         )
         q, k, v = checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
         if cache is not None:
+            assert sight.slot is not None
             cache = LayerCache(
                 *(
                     lax.dynamic_update_slice(
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each with a residual around it, normed before, after, or both."""
 
-    def __init__(self, maker: Maker, config: "DecoderConfig", backend: str):
+    def __init__(self, maker: Maker, config: "DecoderConfig", backend: Backend):
         norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
         D = config.embed_dim
         self.pre, self.post = config.norms != "post", config.norms != "pre"

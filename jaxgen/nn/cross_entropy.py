@@ -41,15 +41,12 @@ def cross_entropy(
 
 
 def _forward(x, head, targets, weights, rules, z_loss, soft_cap):
-    sums, dx, dhead = _sharded(
-        x, head, targets, weights, rules, z_loss, soft_cap, with_gradient=True
-    )
-    return sums, (dx, dhead)
+    return _sharded(x, head, targets, weights, rules, z_loss, soft_cap, with_gradient=True)
 
 
-def _backward(rules, z_loss, soft_cap, residuals, cotangents):
+def _backward(rules, z_loss, soft_cap, gradients, cotangents):
     scale = cotangents[0]
-    dx, dhead = residuals
+    dx, dhead = gradients
     return (dx * scale.astype(dx.dtype), dhead * scale, None, None)
 
 
@@ -57,7 +54,10 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_gradient):
-    """Runs `_local` on every device's own tokens and its own part of the vocabulary."""
+    """Runs `_local` on every device's own tokens and its own part of the vocabulary.
+
+    Returns the two sums, and the gradients of x and head, or () where they are not asked for.
+    """
     batch_axes = logical_to_mesh(rules.batch) + logical_to_mesh(rules.seq)
     vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
     rest = tuple(axis for axis in batch_axes if axis not in embed_axes)
@@ -65,7 +65,7 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
     def device(x, head, targets, weights):
         head = head.astype(x.dtype)
         whole = lax.all_gather(head, embed_axes, axis=1, tiled=True) if embed_axes else head
-        outputs = _local(
+        sums, *gradients = _local(
             x.reshape(-1, x.shape[-1]),
             whole,
             targets.reshape(-1),
@@ -75,20 +75,20 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
             soft_cap,
             with_gradient,
         )
-        sums = tuple(lax.psum(total, batch_axes) for total in outputs[0])
+        sums = tuple(lax.psum(total, batch_axes) for total in sums)
         if not with_gradient:
-            return (sums,)
-        _, dx, dhead = outputs
+            return sums, ()
+        dx, dhead = gradients
         # Reduced in the dtype of the products, like every other weight's gradient.
         dhead = dhead.astype(x.dtype)
         if embed_axes:
             dhead = lax.psum_scatter(dhead, embed_axes, scatter_dimension=0, tiled=True)
         dhead = lax.psum(dhead, rest).astype(jnp.float32).T
-        return sums, dx.reshape(x.shape), dhead
+        return sums, (dx.reshape(x.shape), dhead)
 
     scalar = rules()
     x_spec, head_spec = rules("batch", "seq", "act_embed"), rules("vocab", "embed")
-    out_specs = ((scalar, scalar), x_spec, head_spec) if with_gradient else ((scalar, scalar),)
+    out_specs = ((scalar, scalar), (x_spec, head_spec) if with_gradient else ())
     tokens = rules("batch", "seq")
     # check_vma=False: gradients are formed by hand here, so there is no transpose to get right.
     return jax.shard_map(
@@ -142,6 +142,6 @@ def _local(x, head, targets, weights, vocab_axes, z_loss, soft_cap, with_gradien
     dhead = jnp.zeros(head.shape[::-1] if with_gradient else (), jnp.float32)
     chunks = (x.reshape(-1, chunk, dim), targets.reshape(-1, chunk), weights.reshape(-1, chunk))
     (sums, dhead), dx = lax.scan(one_chunk, ((zero, zero), dhead), chunks)
-    if not with_gradient:
+    if dx is None:
         return (sums,)
     return sums, dx.reshape(-1, dim)[:num_tokens], dhead

@@ -7,6 +7,7 @@ B batch, T queries and keys, N heads, K kv heads, H head dim.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def splash(
 
         if segments_BT is not None:
             heads_first.append(jnp.pad(segments_BT, rows[:2], constant_values=-1))
-        out_BNTH = jax.vmap(row)(*heads_first)
+        out_BNTH: Any = jax.vmap(row)(*heads_first)
         return out_BNTH.transpose(0, 2, 1, 3)[:, :seq_len].astype(q_BTNH.dtype)
 
     return _on_each_device(local, head_spec(q), q, k, v, segments)

@@ -53,7 +53,8 @@ class Remat:
     @classmethod
     def nothing(cls) -> "Remat":
         """Keeps everything: fastest where memory allows."""
-        return cls(**{f.name: "keep" for f in dataclasses.fields(cls)})
+        choices: Any = dict.fromkeys((f.name for f in dataclasses.fields(cls)), "keep")
+        return cls(**choices)
 
     def wrap(self, body: Callable) -> Callable:
         """Returns `body` with this rematerialisation."""

@@ -100,7 +100,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
                 resume_step=first,
                 total_steps=config.train.steps,
                 flops_per_token=config.model.flops_per_token(config.train.seq_len),
-                devices=mesh.devices.flat,
+                devices=mesh.devices.flatten().tolist(),
             )
         )
         held_out = _HeldOut(config, loader, evaluation)

@@ -3,7 +3,7 @@
 Everything here works on described devices too: it is what `plan` and the tests compile for a TPU.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,18 @@ def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
 
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
     """Returns the shapes, dtypes and sharding of a batch on this mesh."""
-    shape = (config.train.batch_size, config.train.seq_len)
-    dtypes = Batch(
-        tokens=jnp.int32,
-        targets=jnp.int32,
-        positions=jnp.int32,
-        segments=jnp.int32,
-        weights=jnp.float32,
+    shape, sharding = (config.train.batch_size, config.train.seq_len), batch_sharding(config, mesh)
+
+    def like(dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return Batch(
+        tokens=like(jnp.int32),
+        targets=like(jnp.int32),
+        positions=like(jnp.int32),
+        segments=like(jnp.int32),
+        weights=like(jnp.float32),
     )
-    sharding = batch_sharding(config, mesh)
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
 
 
 def make_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
@@ -56,6 +58,18 @@ def make_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
         return jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(key)
 
 
+def lower_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Lowered:
+    """Returns what `compile_step` compiles: the step traced for this mesh.
+
+    Raises:
+        UserError: a dimension does not divide into its shards.
+    """
+    config.check(mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda state, batch: train_step(config, state, batch), donate_argnums=0)
+        return step.lower(abstract_state(config, mesh), abstract_batch(config, mesh))
+
+
 def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
     """Returns (state, batch) -> (state, metrics), which owns the state it is given.
 
@@ -64,11 +78,7 @@ def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
     Raises:
         UserError: a dimension does not divide into its shards.
     """
-    config.check(mesh)
-    with jax.set_mesh(mesh):
-        step = jax.jit(lambda state, batch: train_step(config, state, batch), donate_argnums=0)
-        lowered = step.lower(abstract_state(config, mesh), abstract_batch(config, mesh))
-        return lowered.compile(compiler_options=compiler_options(mesh))
+    return lower_step(config, mesh).compile(compiler_options=compiler_options(mesh))
 
 
 def compile_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:

@@ -41,7 +41,7 @@ class TrainState:
 
 def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
     """Returns a fresh state. Call it under `jax.jit` inside `jax.set_mesh(mesh)`."""
-    model = Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+    model: Any = Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         model=model,
@@ -69,13 +69,13 @@ def train_step(
         objective, nll = model.loss_sums(*batch, z_loss=config.train.z_loss)
         return objective / total_weight, nll / total_weight
 
+    gradient: Any = jax.grad(loss_fn, has_aux=True)
     if accum == 1:
-        grads, loss = jax.grad(loss_fn, has_aux=True)(state.model, batch)
+        grads, loss = gradient(state.model, batch)
     else:
 
         def accumulate(carry, micro_batch):
-            grads, loss = jax.grad(loss_fn, has_aux=True)(state.model, micro_batch)
-            return jax.tree.map(jnp.add, carry, (grads, loss)), None
+            return jax.tree.map(jnp.add, carry, gradient(state.model, micro_batch)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros((), jnp.float32))
         (grads, loss), _ = jax.lax.scan(accumulate, zeros, _micro_batches(batch, accum))
@@ -130,7 +130,8 @@ def _directions(optimizer, grads, state: TrainState):
             return make_optimizer(optimizer).update(grads, opt_state, model)
 
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.model, state.opt_state))
-    return jax.sharding.auto_axes(update, out_sharding=specs)(grads, state.opt_state, state.model)
+    update: Any = jax.sharding.auto_axes(update, out_sharding=specs)
+    return update(grads, state.opt_state, state.model)
 
 
 def _micro_batches(batch: Any, num: int) -> Any:
