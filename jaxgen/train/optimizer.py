@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
-from optax import global_norm as global_norm  # for the step, which does not know optax
+from optax.tree import norm as global_norm  # for the step, which does not know optax
 
 from jaxgen.errors import UserError
 from jaxgen.nn.layers import Elementwise
