@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
-from optax.tree import norm as global_norm  # for the step, which does not know optax
 
 from jaxgen.errors import UserError
 from jaxgen.nn.layers import Elementwise
+
+global_norm = optax.tree.norm  # for the step, which does not know optax
 
 
 @dataclasses.dataclass(frozen=True)
