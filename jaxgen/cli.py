@@ -79,6 +79,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "the step whose batch is shown (default: 0)",
     },
+    "--steps": {
+        "type": int,
+        "default": 20,
+        "metavar": "N",
+        "help": "training steps that are timed, after two that are not (default: 20)",
+    },
     "--json": {"action": "store_true", "help": "print one JSON object"},
 }
 
@@ -245,19 +251,13 @@ def _data_show(args: argparse.Namespace, config: Any) -> None:
 
 def _bench_train(args: argparse.Namespace, config: Any) -> None:
     _start()
-    from jaxgen.train.bench import bench_train
+    import jax
 
-    results = bench_train(config)
-    if args.json:
-        print(json.dumps(results))
-        return
-    width = max(map(len, results))
-    for name, value in results.items():
-        print(
-            f"{name:{width}}  {value:.6g}"
-            if isinstance(value, float)
-            else f"{name:{width}}  {value}"
-        )
+    from jaxgen.train.bench import bench_train, process_start_s, table
+
+    results = bench_train(config, args.steps, started_s=process_start_s())
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
 
 
 SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
@@ -266,7 +266,9 @@ COMMANDS = {
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),
     "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
-    "bench train": Command("Times the training step.", _bench_train, CONFIG, ("--json",)),
+    "bench train": Command(
+        "Times the start and the training step.", _bench_train, CONFIG, ("--steps", "--json")
+    ),
 }
 
 
