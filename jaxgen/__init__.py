@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # of the same name.
 _MODULES = {
     "checkpoint.manager": ("CheckpointConfig", "CheckpointManager"),
+    "compiler": ("enable_compilation_cache",),
     "config": ("TrainConfig", "load_config", "read_config", "save_config"),
     "data.loader": ("Batch", "Loader"),
     "data.config": ("DataConfig",),
@@ -20,16 +21,19 @@ _MODULES = {
     "data.sources": ("Source",),
     "data.tokenizer": ("Tokenizer",),
     "errors": ("UserError",),
+    "fields": ("override",),
     "metrics": ("MetricsConfig", "MetricWriter"),
     "models.decoder": ("ComputeConfig", "Decoder", "DecoderConfig"),
     "nn.rope": ("RopeScaling",),
     "nn.stack": ("Remat",),
     "serve.generate": ("Generator", "generate", "generate_text"),
+    "serve.load": ("load_model", "split_location"),
     "serve.sampler": ("SamplingConfig",),
     "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
     "train.evaluate": ("EvalConfig",),
     "train.loop": ("LoopConfig",),
     "train.optimizer": ("OptimizerConfig", "make_optimizer"),
+    "train.program": ("batch_sharding", "compile_step", "make_state"),
     "train.step": ("TrainState", "init_state", "train_step"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

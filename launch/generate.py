@@ -1,0 +1,36 @@
+r"""Continues prompts with a trained model, on every device of every host.
+
+One TPU VM, from a run (its newest checkpoint) or one of its checkpoints:
+    python3 generate.py runs/mine "def main("
+    python3 generate.py runs/mine/checkpoints/00002000 "def main(" "import "
+All hosts of a slice, each with this file; the run directory is one that all of them see:
+    gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
+        --command="python3 generate.py gs://BUCKET/mine 'def main('"
+A laptop, on eight simulated devices, whatever the model was trained on:
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python launch/generate.py runs/mine "def main("
+"""
+
+import os
+import sys
+
+import jax
+
+import jaxgen
+from jaxgen import distributed
+
+sampling = jaxgen.SamplingConfig(max_tokens=64, temperature=0.8, top_p=0.95, seed=0)
+
+if __name__ == "__main__":
+    location, *prompts = sys.argv[1:] or ["runs/mine"]
+    prompts = prompts or ["def main("]
+    distributed.initialize(os.environ)
+    jaxgen.enable_compilation_cache()
+    run_dir, _ = jaxgen.split_location(location)
+    # Rows of the batch over all devices; tensor=N instead splits the model of a single prompt.
+    mesh = jaxgen.make_mesh(jaxgen.MeshConfig(fsdp=-1))
+    model, tokenizer = jaxgen.load_model(location, jaxgen.read_config(run_dir), mesh)
+    with jax.set_mesh(mesh):
+        completions = jaxgen.generate_text(model, tokenizer, prompts, sampling)
+    if jax.process_index() == 0:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            print(prompt + completion)
