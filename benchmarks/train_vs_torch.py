@@ -5,7 +5,9 @@
 A Llama of 8.4 M parameters (embed 256, 4 layers, 4 x 64 heads, mlp 1024, vocab 8192), 8 x 256
 tokens, fp32, AdamW, gradients clipped at 1, one CPU device. Every side runs in a process of its
 own; they take turns, a block of steps each, while the others sleep, so that a noisy machine is
-noisy for all. Prints medians over all steps, and ratios to the faster of torch's two ways.
+noisy for all. Prints medians over all steps, ratios to the faster of torch's two ways, and the
+seconds from each process's start to its first step done (jaxgen: with an empty compilation cache,
+and again with the cache that this left).
 """
 
 import argparse
@@ -14,7 +16,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 SHAPE = {
     "vocab_size": 8192,
@@ -37,9 +41,9 @@ def jaxgen_step():
     import numpy as np
 
     import jaxgen
-    from jaxgen.train.program import batch_sharding, compile_step, make_state
 
     jax.config.update("jax_platforms", "cpu")
+    jaxgen.enable_compilation_cache(os.environ["BENCH_CACHE"])
     config = jaxgen.TrainConfig(
         name="bench",
         model=jaxgen.DecoderConfig(**SHAPE),
@@ -52,14 +56,16 @@ def jaxgen_step():
         config, optimizer=dataclasses.replace(config.optimizer, spike_factor=0.0)
     )
     mesh = jaxgen.make_mesh(config.mesh)
-    state = make_state(config, mesh)
-    step = compile_step(config, mesh)
+    with ThreadPoolExecutor(1) as pool:  # As in training: both compile at once.
+        compiled = pool.submit(jaxgen.compile_step, config, mesh)
+        state = jaxgen.make_state(config, mesh)
+        step = compiled.result()
     tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (BATCH, SEQ_LEN + 1))
     tokens = tokens.astype(np.int32)
     positions = np.tile(np.arange(SEQ_LEN, dtype=np.int32), (BATCH, 1))
     ones = np.ones((BATCH, SEQ_LEN), np.int32)
     arrays = (tokens[:, :-1], tokens[:, 1:], positions, ones, ones.astype(np.float32))
-    batch = jaxgen.Batch(*(jax.device_put(a, batch_sharding(config, mesh)) for a in arrays))
+    batch = jaxgen.Batch(*(jax.device_put(a, jaxgen.batch_sharding(config, mesh)) for a in arrays))
 
     def run() -> float:
         nonlocal state
@@ -112,8 +118,8 @@ def serve(side: str) -> None:
     """Runs as many steps as each line of stdin says, and prints their seconds."""
     run = SIDES[side]()
     run()
+    print("first step", flush=True)
     run()
-    print("ready", flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -121,6 +127,27 @@ def serve(side: str) -> None:
             run()
             seconds.append(time.perf_counter() - start)
         print(json.dumps(seconds), flush=True)
+
+
+def start(side: str, cache: str) -> tuple[subprocess.Popen, float]:
+    """Returns a process that has done its first step, and the seconds that took."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--side", side],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "BENCH_CACHE": cache},
+    )
+    if process.stdout.readline().strip() != "first step":
+        sys.exit(f"{side} did not start")
+    return process, time.perf_counter() - began
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Lets a process end."""
+    process.stdin.close()
+    process.wait()
 
 
 def main() -> None:
@@ -132,36 +159,32 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         return serve(args.side)
-    processes = {
-        side: subprocess.Popen(
-            [sys.executable, __file__, "--side", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        for side in SIDES
-    }
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for process in processes.values():
-        assert process.stdout.readline().strip() == "ready"
-    for _ in range(args.rounds):
-        for side, process in processes.items():
-            process.stdin.write(f"{args.steps}\n")
-            process.stdin.flush()
-            # The first step of a turn wakes caches and threads up.
-            seconds[side] += json.loads(process.stdout.readline())[1:]
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+    processes, first = {}, {}
+    with tempfile.TemporaryDirectory() as cache:
+        cold, first["jaxgen, cold"] = start("jaxgen", cache)
+        stop(cold)
+        for side in SIDES:
+            processes[side], first[side] = start(side, cache)
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for _ in range(args.rounds):
+            for side, process in processes.items():
+                process.stdin.write(f"{args.steps}\n")
+                process.stdin.flush()
+                # The first step of a turn wakes caches and threads up.
+                seconds[side] += json.loads(process.stdout.readline())[1:]
+        for process in processes.values():
+            stop(process)
     medians = {side: statistics.median(times) for side, times in seconds.items()}
     best = min(medians["torch eager"], medians["torch compile"])
     if args.json:
-        print(json.dumps({"step_s": medians, "ratio": medians["jaxgen"] / best}))
+        ratio = medians["jaxgen"] / best
+        print(json.dumps({"step_s": medians, "ratio": ratio, "first_step_s": first}))
         return
-    print(f"{'':14} {'step s':>8} {'tokens/s':>9} {'ratio':>6}")
+    print(f"{'':14} {'step s':>8} {'tokens/s':>9} {'ratio':>6} {'first step s':>13}")
+    print(f"{'jaxgen, cold':14} {'':8} {'':9} {'':6} {first['jaxgen, cold']:13.1f}")
     for side, median in medians.items():
-        print(f"{side:14} {median:8.3f} {BATCH * SEQ_LEN / median:9.0f} {median / best:6.2f}")
+        rate, ratio = BATCH * SEQ_LEN / median, median / best
+        print(f"{side:14} {median:8.3f} {rate:9.0f} {ratio:6.2f} {first[side]:13.1f}")
 
 
 if __name__ == "__main__":
