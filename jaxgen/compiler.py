@@ -19,7 +19,6 @@ ASYNC_ALL_REDUCE = {
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_jf_crs_combiner_threshold_in_bytes": "0",
-    "xla_max_concurrent_async_all_reduces": "4",
 }
 
 TPU_OPTIONS: dict[str, dict[str, str]] = {

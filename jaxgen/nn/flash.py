@@ -146,6 +146,9 @@ def cudnn_refuses(
         return f"has no soft cap ({soft_cap=})"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {q.dtype}"
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
+    if float(capability) < 8.0:
+        return f"needs compute capability 8.0, not {capability}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"takes a head_dim of at most 128 in steps of 8, not {q.shape[-1]}"
     return None

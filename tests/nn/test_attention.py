@@ -253,6 +253,32 @@ def test_what_cudnn_takes(change, reason):
     assert refusal is None if reason is None else reason in refusal
 
 
+@pytest.mark.parametrize("window", [None, 64])
+def test_what_cudnn_is_told(window, monkeypatch):
+    """Lowered for a GPU without one: the mask is all that can be checked here."""
+    from jax._src.cudnn import fused_attention_stablehlo as calls
+
+    monkeypatch.setattr(calls, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(calls, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(calls, "is_cuda_compute_capability_equal", lambda capability: False)
+
+    def gradients(q, k, v):
+        def loss(q, k, v):
+            return flash.cudnn(q, k, v, window=window, scale=0.1).astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    q = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    program = jax.jit(gradients).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
+        call = next(line for line in program.splitlines() if f"@{name}" in line)
+        call = call.replace("\\22", "")
+        assert "mask_type: CAUSAL," in call
+        # It counts the query's own token too; 0 is no window.
+        assert f"sliding_window_length: {window or 0}," in call
+
+
 @pytest.mark.parametrize(
     ("platform", "packed", "in_order", "chosen"),
     [
