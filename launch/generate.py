@@ -10,6 +10,7 @@ A laptop, on eight simulated devices, whatever the model was trained on:
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python launch/generate.py runs/mine "def main("
 """
 
+import dataclasses
 import os
 import sys
 
@@ -18,7 +19,7 @@ import jax
 import jaxgen
 from jaxgen import distributed
 
-sampling = jaxgen.SamplingConfig(max_tokens=64, temperature=0.8, top_p=0.95, seed=0)
+sampling = jaxgen.SamplingConfig(max_tokens=64, temperature=0.8, top_p=0.95)
 
 if __name__ == "__main__":
     location, *prompts = sys.argv[1:] or ["runs/mine"]
@@ -30,7 +31,8 @@ if __name__ == "__main__":
     mesh = jaxgen.make_mesh(jaxgen.MeshConfig(fsdp=-1))
     model, tokenizer = jaxgen.load_model(location, jaxgen.read_config(run_dir), mesh)
     with jax.set_mesh(mesh):
-        completions = jaxgen.generate_text(model, tokenizer, prompts, sampling)
+        samplings = [dataclasses.replace(sampling, seed=i) for i in range(len(prompts))]
+        completions = jaxgen.generate_text(model, tokenizer, prompts, samplings)
     if jax.process_index() == 0:
         for prompt, completion in zip(prompts, completions, strict=True):
             print(prompt + completion)
