@@ -56,6 +56,10 @@ class OptimizerConfig:
             raise UserError(f"optimizer.warmup_steps={self.warmup_steps}; use 0 or more")
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"optimizer.decay_fraction={self.decay_fraction}; use 0 to 1")
+        if self.max_skipped_in_row < 1:
+            raise UserError(
+                f"optimizer.max_skipped_in_row={self.max_skipped_in_row}; use 1 or more"
+            )
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> jax.Array:
@@ -83,33 +87,32 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Add `learning_rate * direction` to the parameters. Shardings of moments are those of their
     parameters.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
     if config.name == "adamw":
-        tx = optax.chain(optax.scale_by_adam(config.b1, config.b2, config.eps), decay)
+        ascend = optax.scale_by_adam(config.b1, config.b2, config.eps)
     elif config.name == "lion":
-        tx = optax.chain(optax.scale_by_lion(config.b1, config.b2), decay)
+        ascend = optax.scale_by_lion(config.b1, config.b2)
     elif config.name == "adafactor":
-        tx = optax.chain(
+        ascend = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.scale_by_param_block_rms(),
-            decay,
         )
     else:
         # consistent_rms=0.2 gives updates the size of AdamW's, so both share one learning rate.
         # Source: Liu et al. 2025, arXiv:2502.16982, section 2.2.
-        return contrib.muon(
+        muon = contrib.muon(
             1.0,
             beta=config.b1,
             eps=config.eps,
-            weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_muon_dimensions,
             consistent_rms=0.2,
         )
-    return optax.chain(tx, optax.scale(-1.0))
+        ascend = optax.chain(muon, optax.scale(-1.0))
+    # Not muon's own decay: that of what it leaves to AdamW has no mask.
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
+    return optax.chain(ascend, decay, optax.scale(-1.0))
 
 
 def _over_params(choose: Callable[[nnx.Param], Any], model: Any) -> Any:
