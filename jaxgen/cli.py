@@ -72,7 +72,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "P",
         "help": "sample among the likeliest tokens that sum to probability P (default: 1)",
     },
-    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "of sampling (default: 0)"},
+    "--seed": {
+        "type": int,
+        "default": 0,
+        "metavar": "S",
+        "help": "of sampling; each prompt after the first adds 1 (default: 0)",
+    },
     "--step": {
         "type": int,
         "default": 0,
@@ -229,10 +234,12 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
 
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
+    samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.source, config, mesh)
     with jax.set_mesh(mesh):
-        completions = generate_text(model, tokenizer, prompts, sampling)
+        completions = generate_text(model, tokenizer, prompts, samplings)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(prompt + completion)
 
