@@ -14,7 +14,7 @@ NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"
 # Gradient reductions run beside the backward products, one array at a time, where the default is
 # one synchronous reduction of several. The 8B step on v5e:4x4: 73% of the bytes that its layers
 # reduce are hidden instead of none, libtpu's cycles fall from 2.57 to 2.42 G, the peak from 12.2 to
-# 10.9 GiB (libtpu 0.0.52).
+# 10.9 GiB (libtpu 0.0.52). v5e only: libtpu refuses such fusions on v5p as unsupported.
 ASYNC_ALL_REDUCE = {
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
