@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import Backend
-from jaxgen.nn.block import Layer, LayerCache, Sight, Span
+from jaxgen.nn.block import Layer, Sight, Span
+from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.layers import ACTIVATIONS, Maker, RMSNorm, embed, soft_cap
 from jaxgen.nn.rope import RopeScaling, rotation
@@ -162,8 +163,8 @@ class ComputeConfig:
 class KVCache(NamedTuple):
     """Keys and values of all layers, and where each slot's token stands in its sequence."""
 
-    layers: list[LayerCache] | LayerCache
-    """One pair of [B, S, K, H] arrays a layer, or one stacked pair with a leading L."""
+    layers: list[LayerCache]
+    """For a model whose layers are a list."""
     span: Span
     """Positions and segments [B, S] of the slots; an empty slot is in segment -1."""
     used: Int[Array, ""]

@@ -82,7 +82,7 @@ def attend(
     if in_order and q.shape[1] != k.shape[1]:
         raise ValueError(f"in_order, but {q.shape[1]} queries and {k.shape[1]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = _heads_like(q, k), _heads_like(q, v)
+    k, v = heads_like(q, k), heads_like(q, v)
     device = mesh_device()
     packed = q_segments is not None
     refusals = {
@@ -157,7 +157,7 @@ def head_spec(x: jax.Array) -> PartitionSpec:
     return PartitionSpec(batch, None, heads, None)
 
 
-def _heads_like(q: jax.Array, kv: jax.Array) -> jax.Array:
+def heads_like(q: jax.Array, kv: jax.Array) -> jax.Array:
     """Returns k or v so that every device has the kv heads of its own query heads.
 
     They are, where both are split alike. Where kv heads are too few to split as query heads are,

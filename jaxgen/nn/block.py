@@ -3,6 +3,7 @@
 B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
 """
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from flax import nnx
@@ -11,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import Backend, attend
+from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm, product
 from jaxgen.nn.rope import rotate
 
@@ -27,16 +29,6 @@ class Span(NamedTuple):
     """Within the document, from 0."""
     segments: Int[Array, "B T"]
     """Which document of its row a token belongs to, from 1; 0 is padding."""
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, after RoPE, with heads first: products read them as they lie.
-
-    The other order costs the CPU a transposed copy of the whole cache for every token.
-    """
-
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
 
 
 class Sight(NamedTuple):
@@ -103,40 +95,30 @@ class Attention(nnx.Module):
             lambda is_local: turn(sight.local_rotation if is_local else sight.global_rotation),
         )
         q, k, v = checkpoint_name(q, "qkv"), checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv")
-        if cache is not None:
-            assert sight.slot is not None
-            cache = LayerCache(
-                *(
-                    lax.dynamic_update_slice(
-                        old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, sight.slot, 0)
-                    )
-                    for old, new in zip(cache, (k, v), strict=True)
-                )
-            )
-            k, v = (x.astype(q.dtype).swapaxes(1, 2) for x in cache)
-
-        def see(is_local):
-            return attend(
-                q,
-                k,
-                v,
-                q_positions=sight.queries.positions,
-                kv_positions=sight.keys.positions,
-                q_segments=sight.queries.segments,
-                kv_segments=sight.keys.segments,
-                window=self.config.sliding_window if is_local else None,
-                soft_cap=self.config.attention_soft_cap,
-                scale=self.config.attention_scale,
-                in_order=cache is None,
-                # A cache is read by few queries at a time, which only the plain backend takes.
-                backend=self.backend if cache is None else "xla",
-            )
-
-        seen = checkpoint_name(self._by_kind(local, see), "attention")
+        see = functools.partial(self._see, q, k, v, sight, cache)
+        seen, cache = self._by_kind(local, see)
+        seen = checkpoint_name(seen, "attention")
         out = self.rules("batch", "seq", "act_embed")
         # h, not H: einsum contracts letters in sorted order, and H before N transposes the weight.
         y = product("BTNh,NhD->BTD", seen, self.o[...], out)
         return checkpoint_name(y, "attention_out"), cache
+
+    def _see(self, q, k, v, sight: Sight, cache: LayerCache | None, is_local: bool):
+        """Attends to the same tokens or to the cache; returns the cache with them in it, too."""
+        config = self.config
+        who = {
+            "q_positions": sight.queries.positions,
+            "kv_positions": sight.keys.positions,
+            "q_segments": sight.queries.segments,
+            "kv_segments": sight.keys.segments,
+            "window": config.sliding_window if is_local else None,
+            "soft_cap": config.attention_soft_cap,
+            "scale": config.attention_scale,
+        }
+        if cache is None:
+            return attend(q, k, v, **who, in_order=True, backend=self.backend), None
+        assert sight.slot is not None
+        return attend_cached(q, k, v, cache, sight.slot, **who)
 
     @staticmethod
     def _by_kind(local, branch):

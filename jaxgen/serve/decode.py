@@ -11,7 +11,8 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder, KVCache
-from jaxgen.nn.block import LayerCache, Span
+from jaxgen.nn.block import Span
+from jaxgen.nn.cached import LayerCache
 from jaxgen.serve.sampler import sample
 
 
@@ -49,19 +50,14 @@ def empty_cache(model: Decoder, batch: int, slots: int) -> KVCache:
     """
     config, rules = model.config, model.rules
 
-    def full(shape, dtype, axes, value=0):
-        return jnp.full(shape, value, dtype, out_sharding=rules(*axes))
+    def full(value):
+        return jnp.full((batch, slots), value, jnp.int32, out_sharding=rules("batch", None))
 
-    def half():
-        shape = (batch, config.num_kv_heads, slots, config.head_dim)
-        return full(shape, model.dtype, ("batch", "kv_heads", None, "head_dim"))
-
-    span = Span(
-        positions=full((batch, slots), jnp.int32, ("batch", None)),
-        segments=full((batch, slots), jnp.int32, ("batch", None), -1),
-    )
-    layers = [LayerCache(half(), half()) for _ in range(config.num_layers)]
-    return KVCache(layers, span, jnp.zeros((), jnp.int32))
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    layers = [
+        LayerCache.empty(rules, batch, slots, heads, model.dtype) for _ in range(config.num_layers)
+    ]
+    return KVCache(layers, Span(full(0), full(-1)), jnp.zeros((), jnp.int32))
 
 
 def prefill(

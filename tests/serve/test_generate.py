@@ -1,0 +1,269 @@
+"""Generation: the same tokens alone, in a batch, cached or not, on any mesh; where it stops."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
+from jaxgen.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from jaxgen.serve import generate as module
+from jaxgen.serve.decode import decode, prefill
+from jaxgen.serve.generate import Generator, bucket, for_serving, generate, generate_text
+from jaxgen.serve.sampler import SamplingConfig
+from jaxgen.sharding import MeshConfig, make_mesh
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    max_seq_len=128,
+    rope_theta=100.0,
+    sliding_window=6,
+    layer_pattern=("local", "global"),
+)
+ONE, EIGHT = (MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)
+GREEDY = SamplingConfig(max_tokens=9)
+DRAWN = SamplingConfig(max_tokens=9, temperature=1.0, top_k=40, top_p=0.95, seed=7)
+
+
+def mesh_of(mesh):
+    config, num_devices = mesh
+    return make_mesh(config, jax.devices()[:num_devices])
+
+
+def make(config=CONFIG, dtype="float32"):
+    """A model of random numbers, the same on every mesh."""
+    compute = ComputeConfig(dtype=dtype)
+    abstract = jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0), compute=compute))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        value = rng.normal(0, 0.5, leaf.shape).astype(np.float32)
+        return jax.device_put(value, leaf.sharding.spec)
+
+    return jax.tree.map(fill, abstract)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    with jax.set_mesh(mesh_of(ONE)):
+        yield Generator(make())
+
+
+def prompts_of(*lengths):
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
+
+
+RAGGED = prompts_of(3, 14, 1, 8, 11)
+
+
+def test_greedy_tokens_are_those_of_the_full_forward(generator):
+    prompts = RAGGED[:3]
+    model = make()
+    spec = model.rules("batch", "seq")
+
+    @jax.jit
+    def likeliest(model, tokens, lengths):
+        zeros = jnp.zeros_like(tokens)
+        logits = model(tokens, zeros + jnp.arange(tokens.shape[1])[None, :], zeros + 1)
+        is_last = jnp.arange(tokens.shape[1])[None, :] == lengths[:, None] - 1
+        return jnp.sum(jnp.where(is_last, jnp.argmax(logits, axis=-1), 0), axis=1)
+
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(GREEDY.max_tokens):
+        tokens = np.zeros((len(rows), 32), np.int32)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+        lengths = np.asarray([len(ids) for ids in rows])
+        for ids, token in zip(
+            rows, np.asarray(likeliest(model, jax.device_put(tokens, spec), lengths)), strict=True
+        ):
+            ids.append(int(token))
+    expected = [ids[len(prompt) :] for ids, prompt in zip(rows, prompts, strict=True)]
+    assert generator(prompts, GREEDY) == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_row_is_the_same_alone_and_in_a_ragged_batch(generator, sampling):
+    together = generator(RAGGED, sampling)
+    assert len({tuple(row) for row in together}) == len(RAGGED)
+    for i in (1, 2):
+        assert generator([RAGGED[i]], sampling) == [together[i]]
+    assert generator(RAGGED[::-1], sampling) == together[::-1]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
+def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
+    monkeypatch.setattr(module, "_fits", lambda model, dtype: whole)
+    samplings = [GREEDY, DRAWN, GREEDY, DRAWN, dataclasses.replace(DRAWN, seed=8)]
+    expected = generator(RAGGED, samplings)
+    with jax.set_mesh(mesh_of(EIGHT)):
+        sharded = Generator(make())
+        assert ("fsdp" in str(sharded.model.layers[0].mlp.up[...].sharding.spec)) is not whole
+        assert sharded(RAGGED, samplings) == expected
+
+
+def test_seeds_decide_the_draws(generator):
+    first = generator(RAGGED, DRAWN)
+    assert generator(RAGGED, DRAWN) == first
+    assert generator(RAGGED, dataclasses.replace(DRAWN, seed=8)) != first
+    assert generator(RAGGED, GREEDY) != first
+
+
+def test_a_row_stops_before_its_stop_id_and_at_its_own_budget(generator):
+    full = generator(RAGGED, DRAWN)
+    stop = full[0][4]
+    cut = [row[: row.index(stop)] if stop in row else row for row in full]
+    assert len(cut[0]) <= 4
+    assert generator(RAGGED, DRAWN, [stop]) == cut
+    samplings = [dataclasses.replace(DRAWN, max_tokens=n) for n in (1, 9, 3, 2, 5)]
+    expected = [row[: s.max_tokens] for row, s in zip(full, samplings, strict=True)]
+    assert generator(RAGGED, samplings) == expected
+
+
+def state_of(generator, prompts, sampling, stop_ids=(-1,)):
+    """The state after prefill, and the arguments with which decoding goes on from it."""
+    rows, tokens, chunk, num_chunks = generator._batch(prompts, [sampling] * len(prompts))
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    read = jax.jit(functools.partial(prefill, chunk=chunk))
+    return read(generator.model, tokens, np.int32(num_chunks), rows, stops), rows, stops
+
+
+def test_decoding_ends_when_the_last_row_does(generator):
+    prompts = RAGGED[:2]
+    full = generator(prompts, DRAWN)
+    # Both rows end with their third token at the latest.
+    stops = [full[0][2], full[1][2]]
+    ends = [min(row.index(s) for s in stops if s in row) for row in full]
+    state, rows, stop_ids = state_of(generator, prompts, DRAWN, stops)
+    state = jax.jit(decode)(generator.model, state, rows, stop_ids, np.int32(9))
+    assert int(state.step) == max(ends) + 1 < DRAWN.max_tokens
+    assert bool(state.done.all())
+    again = jax.jit(decode)(generator.model, state, rows, stop_ids, np.int32(9))
+    assert int(again.step) == int(state.step)
+
+
+def test_bursts_of_any_length_are_one_program_and_give_the_same_tokens(generator):
+    expected = generator(RAGGED[:2], DRAWN)
+    state, rows, stops = state_of(generator, RAGGED[:2], DRAWN)
+    args = (generator.model, state, rows, stops, np.int32(0))
+    program = jax.jit(decode).lower(*args).compile()
+    for limit in (2, 3, 7, 9):
+        state = program(generator.model, state, rows, stops, np.int32(limit))
+        assert int(state.step) == limit
+    assert state.output[:2, :9].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_rows"), [(ONE, 1), (ONE, 5), (EIGHT, 5)], ids=["one_row", "one", "eight"]
+)
+def test_decoding_writes_its_cache_in_place(mesh, num_rows):
+    with jax.set_mesh(mesh_of(mesh)):
+        generator = Generator(make())
+        state, rows, stops = state_of(generator, RAGGED[:num_rows], GREEDY)
+        args = (generator.model, state, rows, stops, np.int32(5))
+        program = jax.jit(decode, donate_argnums=1).lower(*args).compile()
+
+        def on_one_device(tree):
+            return [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree)]
+
+        size = sum(shard.nbytes for shard in on_one_device(state))
+        assert program.memory_analysis().alias_size_in_bytes >= size
+        caches = on_one_device(state.cache.layers)
+        places = {cache.unsafe_buffer_pointer() for cache in caches}
+        after = program(*args)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        assert {x.unsafe_buffer_pointer() for x in on_one_device(after.cache.layers)} == places
+        # Nor does the loop copy its carry on the way.
+        shape = f"f32[{','.join(map(str, on_one_device(after.cache.layers)[0].shape))}]"
+        text = program.as_text()
+        assert shape in text
+        assert not [line for line in text.splitlines() if shape in line and " copy(" in line]
+
+
+def test_long_prompts_are_read_in_chunks(generator, monkeypatch):
+    prompts = prompts_of(40, 3, 33)
+    expected = generator(prompts, GREEDY)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 16)
+    chunked = Generator(make())
+    assert chunked(prompts, GREEDY) == expected
+    assert [key[1][2] for key in chunked._programs] == [16, 16]
+
+
+def test_prompts_of_like_lengths_share_programs():
+    with jax.set_mesh(mesh_of(ONE)):
+        generator = Generator(make())
+        for lengths in ((3, 14), (16, 9), (5, 5), (1, 2)):
+            generator(prompts_of(*lengths), GREEDY)
+        generator(prompts_of(7, 7), [DRAWN, dataclasses.replace(GREEDY, max_tokens=16)], [1, 2, 3])
+        assert len(generator._programs) == 2
+
+
+def test_buckets_grow_by_at_most_a_half():
+    sizes = [bucket(n) for n in range(1, 1000)]
+    assert sizes[0] == 16
+    assert all(n <= size for n, size in enumerate(sizes, start=1))
+    assert all(size <= max(16, n * 3 // 2) for n, size in enumerate(sizes, start=1))
+    assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+
+
+def test_the_copy_for_serving_is_in_the_asked_dtype():
+    with jax.set_mesh(mesh_of(ONE)):
+        model = make(dtype="bfloat16")
+        assert for_serving(model).dtype == jnp.float32  # On CPU.
+        served = Generator(model, dtype="bfloat16")
+        assert served.model.layers[1].mlp.up[...].dtype == jnp.bfloat16
+        assert served.model.layers[1].mlp_norm.scale[...].dtype == jnp.float32
+        assert model.layers.mlp.up[...].dtype == jnp.float32
+        (row,) = served(RAGGED[:1], GREEDY)
+        assert len(row) == GREEDY.max_tokens
+        # A single bf16 row would be ten times slower than two on this platform.
+        assert [key[1][0] for key in served._programs] == [2, 2]
+
+
+def test_nothing_to_do(generator):
+    assert generator([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "line"),
+    [
+        ([[1], []], GREEDY, "prompt 1 has no tokens"),
+        ([[1, 96]], GREEDY, "prompt 0 has token 96 and model.vocab_size=96"),
+        ([[-1]], GREEDY, "prompt 0 has token -1 "),
+        (
+            [[1] * 120],
+            GREEDY,
+            "prompt 0 has 120 tokens, which with max_tokens=9 is more than "
+            "model.max_seq_len=128; use max_tokens=8",
+        ),
+        ([[1] * 128], GREEDY, "shorten the prompt"),
+    ],
+)
+def test_prompts_that_cannot_work_are_named(generator, prompts, sampling, line):
+    with pytest.raises(UserError) as error:
+        generator(prompts, sampling)
+    assert line in str(error.value)
+
+
+def test_text_goes_in_and_comes_out():
+    tokenizer = Tokenizer.from_bytes()
+    texts, sampling = ["def f", "", "é"], dataclasses.replace(DRAWN, max_tokens=12)
+    with jax.set_mesh(mesh_of(ONE)):
+        model = make(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size))
+        ids = [tokenizer.encode_prompt(text) for text in texts]
+        rows = generate(model, ids, sampling, [tokenizer.eos_id])
+        answers = generate_text(model, tokenizer, texts, sampling)
+        assert answers == [tokenizer.decode(row) for row in rows]
+        with pytest.raises(UserError, match=r"model\.vocab_size=96"):
+            generate_text(make(), tokenizer, texts, sampling)
