@@ -31,7 +31,7 @@ class SplashBlocks:
 
 
 # Larger tiles reuse more, until scores [tile, compute] in fp32 and the operands leave VMEM. v6e and
-# later take 2048 with the larger scoped VMEM limit of jaxgen/compiler.py. Unfused on v5p, where
+# later take 2048, which compiles for heads of 128 and 256. Unfused on v5p, where
 # the fused kernel has been reported to hang across hosts.
 # Source: the block sizes of the published TPU training recipes for dense 8B and 70B models.
 SPLASH_BLOCKS = {
