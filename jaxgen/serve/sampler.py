@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxgen.errors import UserError
 
+BLOCK = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -74,20 +76,43 @@ def sample(
         # A batch that does not ask for a filter does not pay for it.
         scaled = lax.cond(jnp.any(top_k > 0), _keep_top_k, _keep_all, scaled, top_k)
         scaled = lax.cond(jnp.any(top_p < 1), _keep_top_p, _keep_all, scaled, top_p)
-        drawn = jnp.argmax(scaled + _gumbel(seeds, positions, logits.shape[1]), axis=-1)
-        return jnp.where(warm, drawn.astype(jnp.int32), likeliest)
+        drawn, weight = _draw(scaled, seeds, positions)
+        # Rounding of a sum can point at a token without any weight, once in some million draws.
+        return jnp.where(warm & (weight > 0), drawn, likeliest)
 
     return lax.cond(jnp.any(warm), draw, lambda: likeliest)
 
 
-def _gumbel(seeds, positions, num):
-    """Noise whose argmax with logits is a draw from their softmax."""
+def _draw(logits, seeds, positions) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Returns a draw from the softmax of each row, and how much it weighs.
 
-    def row(seed, position):
+    One number decides the block of tokens, another the token in it: noise for every token of the
+    vocabulary would cost more than a small model's layers (B=8, V=8192 on 2 cores: 1.5 ms).
+    """
+    num_rows, vocab = logits.shape
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK)))
+    blocks = weights.reshape(num_rows, -1, BLOCK)
+
+    def uniform(seed, position):
         key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.gumbel(key, (num,), jnp.float32)
+        return jax.random.uniform(key, (2,), jnp.float32)
 
-    return jax.vmap(row)(seeds, positions)
+    uniforms = jax.vmap(uniform)(seeds, positions)
+    block, _ = _pick(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    is_block = jnp.arange(blocks.shape[1])[None, :] == block[:, None]
+    inside = jnp.sum(jnp.where(is_block[:, :, None], blocks, 0.0), axis=1)
+    token, weight = _pick(inside, uniforms[:, 1])
+    return block * BLOCK + token, weight
+
+
+def _pick(weights: Float[Array, "B n"], uniform: Float[Array, " B"]):
+    """Returns the place where each row's running sum passes `uniform` of it, and its weight."""
+    total = jnp.cumsum(weights, axis=-1)
+    passed = total > uniform[:, None] * total[:, -1:]
+    place = jnp.argmax(passed, axis=-1).astype(jnp.int32)
+    here = jnp.arange(weights.shape[1])[None, :] == place[:, None]
+    return place, jnp.sum(jnp.where(here, weights, 0.0), axis=-1)
 
 
 def _keep_all(logits, _):

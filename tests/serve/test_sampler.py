@@ -10,13 +10,14 @@ from jaxgen.errors import UserError
 from jaxgen.serve.sampler import SamplingConfig, sample
 
 DRAWS = 20_000
+VOCAB = 300  # More than two blocks of the two-step draw, and not a whole number of them.
 CASES = {
     "plain": (1.0, 0, 1.0),
     "cold": (0.5, 0, 1.0),
     "hot": (2.5, 0, 1.0),
-    "top_k": (1.0, 5, 1.0),
+    "top_k": (1.0, 15, 1.0),
     "top_p": (1.0, 0, 0.7),
-    "all_three": (1.3, 9, 0.8),
+    "all_three": (1.3, 150, 0.8),
     "tiny_top_p": (1.0, 0, 1e-6),
     "top_k_past_the_vocabulary": (1.0, 1000, 1.0),
 }
@@ -55,16 +56,21 @@ def rows(num, logits, seeds, positions, temperature, top_k, top_p):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("vary", ["seeds", "positions"])
 def test_draws_have_the_distribution_of_the_reference(case, vary):
-    logits = np.random.default_rng(1).normal(0, 1.5, 24).astype(np.float32)
+    logits = np.random.default_rng(1).normal(0, 1.5, VOCAB).astype(np.float32)
     many = np.arange(DRAWS)
     seeds, positions = (many, 3) if vary == "seeds" else (3, many)
     tokens = draw(*rows(DRAWS, logits, seeds, positions, *CASES[case]))
-    counts = np.bincount(tokens, minlength=24)
-    expected = reference(logits, *CASES[case])
+    counts = np.bincount(tokens, minlength=VOCAB)
+    expected = DRAWS * reference(logits, *CASES[case])
     assert not counts[expected == 0].any()
-    seen = expected > 0
-    if seen.sum() > 1:
-        assert stats.chisquare(counts[seen], DRAWS * expected[seen]).pvalue > 0.001
+    # The test's approximation needs some draws in every class: rare tokens are one class together.
+    rare = expected < 10
+    if expected[rare].sum() >= 10:
+        counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    else:
+        counts, expected = counts[~rare], expected[~rare]
+    if len(counts) > 1:
+        assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 0.001
 
 
 def test_filters_keep_the_tokens_that_sorting_keeps():
