@@ -351,6 +351,9 @@ class CheckpointManager:
         orbax = _orbax()
         context = orbax.Context()
         context.asynchronous.timeout_secs = int(self.config.timeout_s)
+        # Replicas would each write a slice, and compile a slicing program for every array at the
+        # first save; one process writes them all anyway.
+        context.array.saving.use_replica_parallel = jax.process_count() > 1
         return orbax, context
 
 
