@@ -81,7 +81,9 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         # Compiling takes one core and most of the start; data and parameters get ready meanwhile.
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2, "compile"))
         train_step = pool.submit(compile_step, config, mesh)
-        evaluation = pool.submit(compile_evaluation, config, mesh)
+        evaluation = None
+        if config.eval.every_steps:
+            evaluation = pool.submit(compile_evaluation, config, mesh)
         packed = prepare(config.data, config.train.seq_len)
         check_vocab(packed.tokenizer, config.model.vocab_size)
         loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
@@ -165,7 +167,7 @@ def _check_same_data(
 class _HeldOut:
     """Evaluates on the same held-out batches every time; they stay on the devices."""
 
-    def __init__(self, config: "TrainConfig", loader: Loader, evaluation: Future):
+    def __init__(self, config: "TrainConfig", loader: Loader, evaluation: Future | None):
         self.every = config.eval.every_steps
         self.evaluation = evaluation
         self.batches = list(loader.held_out(config.eval.batches)) if self.every else []
@@ -177,6 +179,7 @@ class _HeldOut:
 
     def __call__(self, model: Decoder) -> dict[str, float]:
         """Returns eval_loss and eval_bits_per_byte."""
+        assert self.evaluation is not None
         compiled = self.evaluation.result()
         return evaluate(compiled, model, self.batches, bytes_per_token=self.bytes_per_token)
 
