@@ -1,0 +1,42 @@
+"""What the compiled step owns."""
+
+import math
+
+import jax
+import pytest
+from small_runs import GEMMA, ONE, config_of, program, rows
+
+from jaxgen.sharding import MeshConfig
+from jaxgen.train.program import abstract_state
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mesh", [ONE, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one", "eight"])
+def test_the_whole_state_is_donated(mesh):
+    """Otherwise a step would hold parameters and moments twice."""
+    run = program(config_of(GEMMA, mesh=mesh))
+    state_bytes = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract_state(run.config, run.mesh))
+    )
+    assert state_bytes > 3 * 4 * GEMMA.num_params / run.mesh.size
+    assert run.step.memory_analysis().alias_size_in_bytes >= state_bytes
+    state = run.new_state()
+    run.run(1, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_keeps_its_shardings():
+    """Or the second step would need another program."""
+    run = program(config_of(GEMMA, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    state, _ = run.run(2)
+    wanted = abstract_state(run.config, run.mesh)
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+        assert leaf.dtype == like.dtype
+
+
+def test_another_shape_is_refused_and_not_compiled():
+    run = program(config_of(GEMMA))
+    with pytest.raises(TypeError, match="compiled"):
+        run.step(run.new_state(), run.place(rows(0, num_rows=4)))
