@@ -94,22 +94,22 @@ def _draw(logits, seeds, positions) -> tuple[Int[Array, " B"], Float[Array, " B"
     weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK)))
     blocks = weights.reshape(num_rows, -1, BLOCK)
 
-    def uniform(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.uniform(key, (2,), jnp.float32)
+    def two_uniforms(seed, position):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), position))
+        return jax.random.uniform(keys[0]), jax.random.uniform(keys[1])
 
-    uniforms = jax.vmap(uniform)(seeds, positions)
-    block, _ = _pick(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    first, second = jax.vmap(two_uniforms)(seeds, positions)
+    block, _ = _pick(jnp.sum(blocks, axis=-1), first)
     is_block = jnp.arange(blocks.shape[1])[None, :] == block[:, None]
     inside = jnp.sum(jnp.where(is_block[:, :, None], blocks, 0.0), axis=1)
-    token, weight = _pick(inside, uniforms[:, 1])
+    token, weight = _pick(inside, second)
     return block * BLOCK + token, weight
 
 
 def _pick(weights: Float[Array, "B n"], uniform: Float[Array, " B"]):
     """Returns the place where each row's running sum passes `uniform` of it, and its weight."""
     total = jnp.cumsum(weights, axis=-1)
-    passed = total > uniform[:, None] * total[:, -1:]
+    passed = total > uniform[:, None] * jnp.max(total, axis=-1, keepdims=True)
     place = jnp.argmax(passed, axis=-1).astype(jnp.int32)
     here = jnp.arange(weights.shape[1])[None, :] == place[:, None]
     return place, jnp.sum(jnp.where(here, weights, 0.0), axis=-1)
