@@ -19,7 +19,8 @@ from jaxgen.nn.attention import Backend
 from jaxgen.nn.block import Layer, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
-from jaxgen.nn.layers import ACTIVATIONS, Maker, RMSNorm, embed, soft_cap
+from jaxgen.nn.init import Maker
+from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.sharding import Rules
@@ -190,10 +191,11 @@ class Decoder(nnx.Module):
         self.config, self.compute = config, compute or ComputeConfig()
         self.rules = rules or Rules()
         maker = Maker(key, self.rules)
-        stack = Maker((maker / "layers").key, self.rules, stack=config.num_layers)
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer(stack, config, self.compute.attention)
+        self.layers = Layer(
+            (maker / "layers").stacked(config.num_layers), config, self.compute.attention
+        )
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import Backend, attend
 from jaxgen.nn.cached import LayerCache, attend_cached
-from jaxgen.nn.layers import GatedMLP, Maker, RMSNorm, product
+from jaxgen.nn.init import Maker
+from jaxgen.nn.layers import GatedMLP, RMSNorm, product
 from jaxgen.nn.rope import rotate
 
 if TYPE_CHECKING:

@@ -1,11 +1,9 @@
-"""Parameters and the layers without a sequence in them: norms, gated MLP, embedding.
+"""The layers that see one token at a time: products, norms, gated MLP, embedding.
 
 B batch, T positions, D embed, F mlp, V vocab.
 """
 
 import functools
-import math
-import zlib
 from collections.abc import Callable
 
 import jax
@@ -16,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxgen.nn.init import Maker
 from jaxgen.sharding import Rules, logical_to_mesh
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -23,55 +22,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-def named(key: jax.Array, name: str) -> jax.Array:
-    """Returns the key of this name, the same in every process and for every order of calls."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-class Elementwise(nnx.Param):
-    """A parameter that scales or shifts and never enters a matrix product: norm scales, biases.
-
-    It does not decay, and it is whole on every device but for the axes its activations have too.
-    """
-
-
-class Maker:
-    """Makes the parameters of one module, or of a stack of equal modules.
-
-    Every parameter is drawn in fp32 from a key of its own name, directly into its sharding, so its
-    values do not depend on the mesh.
-    """
-
-    def __init__(self, key: jax.Array, rules: Rules, stack: int | None = None):
-        self.key, self.rules, self.stack = key, rules, stack
-
-    def __truediv__(self, name: str) -> "Maker":
-        """The maker for a submodule."""
-        return Maker(named(self.key, name), self.rules, self.stack)
-
-    def normal(self, name: str, shape, axes, *, fan_in: int) -> nnx.Param:
-        """A matrix drawn from a normal of standard deviation 1 / sqrt(fan_in).
-
-        Truncated at two standard deviations, and rescaled for it.
-        """
-        shape, spec = self._stacked(shape, axes)
-        # 0.8796 is the standard deviation of a unit normal truncated at +-2.
-        scale = 1 / (0.87962566 * math.sqrt(fan_in))
-        key = named(self.key, name)
-        draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32, out_sharding=spec)
-        return nnx.Param(draw * scale, axes=tuple(axes))
-
-    def full(self, shape, axes, value: float) -> Elementwise:
-        """A scale or a bias, which starts as one value."""
-        shape, spec = self._stacked(shape, axes)
-        return Elementwise(jnp.full(shape, value, jnp.float32, out_sharding=spec), axes=tuple(axes))
-
-    def _stacked(self, shape, axes):
-        if self.stack is None:
-            return tuple(shape), self.rules(*axes)
-        return (self.stack, *shape), self.rules("layers", *axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
-from jaxgen.nn.layers import Elementwise
+from jaxgen.nn.init import Elementwise
 from jaxgen.sharding import Rules
 
 M = TypeVar("M", bound=nnx.Module)

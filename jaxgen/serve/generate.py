@@ -16,7 +16,7 @@ from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.nn.layers import Elementwise
+from jaxgen.nn.init import Elementwise
 from jaxgen.serve.decode import Rows, decode, prefill
 from jaxgen.serve.sampler import SamplingConfig
 

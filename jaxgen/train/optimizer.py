@@ -15,7 +15,7 @@ from flax import nnx
 from optax import contrib
 
 from jaxgen.errors import UserError
-from jaxgen.nn.layers import Elementwise
+from jaxgen.nn.init import Elementwise
 
 global_norm = optax.tree.norm  # for the step, which does not know optax
 

@@ -14,7 +14,7 @@ from small_runs import GEMMA, LLAMA, ONE, on_host
 
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.layers import Elementwise
+from jaxgen.nn.init import Elementwise
 from jaxgen.sharding import make_mesh
 from jaxgen.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 

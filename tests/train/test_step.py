@@ -20,7 +20,7 @@ from small_runs import (
     rows,
 )
 
-from jaxgen.nn.layers import Elementwise
+from jaxgen.nn.init import Elementwise
 from jaxgen.sharding import MeshConfig
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
