@@ -209,7 +209,12 @@ def _xla(
     num_kv_heads = k.shape[2]
     grouped = (batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     # Heads first: a batch dimension in front of the product saves the CPU a copy of every operand.
-    q_BKGTH = q.reshape(grouped).transpose(0, 2, 3, 1, 4)
+    # Said, not inferred: with one kv head, jax 0.12 would give the axis of the heads to G.
+    spec = grouped_spec = None
+    if not jax.sharding.get_abstract_mesh().empty:
+        spec = head_spec(q)
+        grouped_spec = PartitionSpec(spec[0], None, spec[2], None, None)
+    q_BKGTH = jnp.reshape(q, grouped, out_sharding=grouped_spec).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores_BKGTS = _scores(q_BKGTH, k_BKSH) * scale
     if soft_cap is not None:
@@ -217,7 +222,7 @@ def _xla(
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, HIDDEN)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return jnp.reshape(out_BKGTH.transpose(0, 3, 1, 2, 4), q.shape, out_sharding=spec)
 
 
 @jax.custom_vjp

@@ -30,6 +30,7 @@ SCALED = {"factor": 4.0, "original_max_seq_len": 16}
 OPTIONS = {
     "base": {},
     "full_heads": {"num_kv_heads": 4},
+    "one_kv_head": {"num_kv_heads": 1},
     "tied": {"tie_embeddings": True},
     "qk_norm": {"qk_norm": True},
     "qkv_bias": {"qkv_bias": True},
