@@ -40,5 +40,7 @@ def test_the_mean_is_over_tokens_of_all_batches(mesh):
     # 2.5 bytes a token: a token of `mean` nats has mean / ln 2 bits.
     bits = mean / math.log(2) / 2.5
     np.testing.assert_allclose(result["eval_bits_per_byte"], bits, rtol=1e-6)
-    by_batch = np.mean([nll[i * 8 : i * 8 + 8][counted[i * 8 : i * 8 + 8]].mean() for i in (0, 1, 2)])
+    by_batch = np.mean(
+        [nll[i * 8 : i * 8 + 8][counted[i * 8 : i * 8 + 8]].mean() for i in (0, 1, 2)]
+    )
     assert abs(by_batch - mean) > 1e-4 * mean, "a mean over batches would not be seen"

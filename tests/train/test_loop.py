@@ -102,7 +102,9 @@ def straight(config, folder):
 def half_way(straight, folder, tmp_path):
     """A run directory as it was when the straight run had done six steps."""
     run_dir = tmp_path / "run"
-    shutil.copytree(folder / "straight" / "checkpoints" / "00000006", run_dir / "checkpoints/00000006")
+    shutil.copytree(
+        folder / "straight" / "checkpoints" / "00000006", run_dir / "checkpoints/00000006"
+    )
     shutil.copy(folder / "straight" / "config.json", run_dir)
     kept = [line for line in lines(folder / "straight") if line["step"] <= SAVED]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -203,7 +205,10 @@ def plain_held_out(config, folder, model):
 def test_the_evaluation_before_the_first_step_and_after_the_last(straight, config, folder):
     found = {line["step"]: line for line in lines(folder / "straight") if "eval_loss" in line}
     assert list(found) == [0, 5, 10, STEPS]
-    for step, model in ((0, make_state(config, devices_of(config)).model), (12, straight.state.model)):
+    for step, model in (
+        (0, make_state(config, devices_of(config)).model),
+        (12, straight.state.model),
+    ):
         loss, packed = plain_held_out(config, folder, model)
         np.testing.assert_allclose(found[step]["eval_loss"], loss, rtol=1e-6)
         manifest = packed.manifests[0].eval

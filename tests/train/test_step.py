@@ -68,6 +68,13 @@ def plain_gradients(model, batch, z_loss=0.0):
         return plain_grad()(model, one.place(batch), z_loss)
 
 
+def assert_trained(run, metrics):
+    """That updates have changed the losses: otherwise there is nothing that could differ."""
+    last = len(metrics["loss"]) - 1
+    _, fresh = run.step(run.new_state(), run.place(rows(last)))
+    assert max_relative(metrics["loss"][last], fresh["loss"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("model", "mesh", "steps"),
     [
@@ -85,7 +92,7 @@ def test_sharded_steps_equal_those_of_one_device(model, mesh, steps):
     one = losses_of_one_device(model)
     sharded = program(config_of(MODELS[model], mesh=mesh))
     _, metrics = sharded.run(steps, sharded.like(single(model).new_state()))
-    assert one["loss"][-1] < 0.9 * one["loss"][0], "it learns nothing that could differ"
+    assert_trained(single(model), one)
     assert max_relative(metrics["loss"], one["loss"][:steps]) < 1e-5
     assert max_relative(metrics["grad_norm"], one["grad_norm"][:steps]) < 1e-5
 
@@ -99,7 +106,7 @@ def test_every_optimizer_is_the_same_sharded(name):
     one, eight = runs.values()
     _, expected = one.run(6)
     state, metrics = eight.run(6, eight.like(one.new_state()))
-    assert expected["loss"][-1] < expected["loss"][0]
+    assert_trained(one, expected)
     assert max_relative(metrics["loss"], expected["loss"]) < 1e-5
     if name == "adafactor":
         shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
@@ -240,22 +247,22 @@ def test_the_step_equals_a_plain_loop_of_jax_and_optax():
         losses.append(float(loss))
         norms.append(float(optax.tree.norm(grads)))
     metrics = losses_of_one_device("llama")
-    assert max(norms) > config.clip_grad_norm > min(norms), "clipping is not tried both ways"
+    assert min(norms) > config.clip_grad_norm, "clipping is not tried"
     assert max_relative(metrics["loss"][:8], losses) < 1e-5
     assert max_relative(metrics["grad_norm"][:8], norms) < 1e-5
 
 
-@pytest.mark.parametrize("clip", [2.3, 0.0])
-def test_clipping_scales_the_gradient_to_the_norm(clip):
+@pytest.mark.parametrize("clip", [1.0, 100.0, 0.0])
+def test_only_gradients_longer_than_the_norm_are_clipped_to_it(clip):
     """Adam's first moment after one step is 1 - b1 of what it was given."""
     one = single("llama")
     optimizer = dataclasses.replace(one.config.optimizer, clip_grad_norm=clip)
-    run = one if clip == 2.3 else program(config_of(optimizer=optimizer))
+    run = one if clip == 1.0 else program(config_of(optimizer=optimizer))
     grads, _ = plain_gradients(one.new_state().model, rows(0))
     norm = float(optax.tree.norm(grads))
-    assert norm > 2.5
+    assert 1.01 < norm < 100
     state, _ = run.run(1)
-    scale = (1 - optimizer.b1) * (clip / norm if clip else 1.0)
+    scale = (1 - optimizer.b1) * (clip / norm if clip == 1.0 else 1.0)
     (adam,) = (
         part
         for part in jax.tree.leaves(
