@@ -13,6 +13,8 @@ from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig, train
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
     import json
     from jaxgen.compiler import enable_compilation_cache
