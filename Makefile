@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: $(VENV)/.core
 	$(BIN)/jaxgen train configs/tiny.py --devices 8
 	@echo "The checkpoint, restored by a new process, continues 'def main(':"
-	$(BIN)/jaxgen generate runs/tiny --devices 8 --max-tokens 64 --prompt "def main("
+	$(BIN)/jaxgen generate runs/tiny --devices 8 --max-tokens 64 --temperature 0.7 --prompt "def main("
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -137,7 +137,13 @@ def start(side: str, cache: str) -> tuple[subprocess.Popen, float]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "BENCH_CACHE": cache},
+        env={
+            **os.environ,
+            "TOKENIZERS_PARALLELISM": "false",
+            "BENCH_CACHE": cache,
+            # Huge pages for every side: the jaxgen command switches them on by itself.
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        },
     )
     if process.stdout.readline().strip() != "first step":
         sys.exit(f"{side} did not start")

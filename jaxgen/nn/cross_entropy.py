@@ -58,8 +58,14 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
 
     Returns the two sums, and the gradients of x and head, or () where they are not asked for.
     """
-    batch_axes = logical_to_mesh(rules.batch) + logical_to_mesh(rules.seq)
-    vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def split_over(axes):
+        # A collective over one device would still copy.
+        return tuple(axis for axis in logical_to_mesh(axes) if sizes[axis] > 1)
+
+    batch_axes = split_over(rules.batch) + split_over(rules.seq)
+    vocab_axes, embed_axes = split_over(rules.vocab), split_over(rules.embed)
     rest = tuple(axis for axis in batch_axes if axis not in embed_axes)
 
     def device(x, head, targets, weights):

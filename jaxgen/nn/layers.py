@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Maker
 from jaxgen.sharding import Rules, logical_to_mesh
 
@@ -51,7 +52,16 @@ def _product_backward(formula, out, operands, dy):
     dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=jax.typeof(x).sharding.spec)
     spec = jax.typeof(w).sharding.spec
     partial = P(*spec.partitions, unreduced=spec.reduced)
-    return dx, jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=partial)
+    if x.size <= dy.size or mesh_device().platform != "cpu":
+        return dx, jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=partial)
+    # The first operand is the one that is copied, transposed: let it be the smaller. The barrier
+    # keeps XLA from undoing this.
+    order = sorted(range(w.ndim), key=lambda dim: w_dims[dim] not in y_dims)
+    turned_dims = "".join(w_dims[dim] for dim in order)
+    turned = P(*(spec.partitions[dim] for dim in order), unreduced=spec.reduced)
+    dw = jnp.einsum(f"{y_dims},{x_dims}->{turned_dims}", dy, x, out_sharding=turned)
+    back = [order.index(dim) for dim in range(w.ndim)]
+    return dx, jnp.transpose(lax.optimization_barrier(dw), back)
 
 
 product.defvjp(_product_forward, _product_backward)
