@@ -113,6 +113,9 @@ def _tokenizer(config: DataConfig, files: list[list[File]], cache: pathlib.Path)
     pairs = [pair for pair in zip(config.sources, files, strict=True) if pair[1]]
     if not pairs:
         raise UserError("data.tokenizer=bpe has no text to train on; give a tokenizer.json")
+    if not any(file.size for _, files in pairs for file in files):
+        names = ", ".join(source.name for source, _ in pairs)
+        raise UserError(f"{names} holds no text to train a tokenizer on; check the data source")
     key = _hash([FORMAT, config.bpe_vocab_size, [_identity(*pair) for pair in pairs]])
 
     def build(folder: pathlib.Path) -> None:

@@ -91,6 +91,8 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             CheckpointManager(run_dir / "checkpoints", config.checkpoint)
         )
         state, first = _start(config, mesh, checkpoints, packed)
+        if first == config.train.steps and jax.process_index() == 0:
+            print(f"{run_dir} has done all of its {first} steps", flush=True)
         about = {"config": to_json(config), "data": packed.fingerprint}
         if jax.process_index() == 0:
             save_config(config, run_dir)

@@ -220,3 +220,13 @@ def test_bad_input_of_prepare(tmp_path):
         prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "no.json")), 64)
     with pytest.raises(UserError, match="no file matches"):
         prepare(dataclasses.replace(config, sources=(Source("text", str(tmp_path / "no")),)), 64)
+
+
+def test_no_tokenizer_is_trained_on_nothing(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    source = Source(kind="text", path=str(tmp_path / "*.txt"))
+    cache = tmp_path / "cache"
+    config = DataConfig(sources=(source,), tokenizer="bpe", cache_dir=str(cache))
+    with pytest.raises(UserError, match="holds no text"):
+        prepare(config, 16)
+    assert not cache.exists()
