@@ -25,7 +25,10 @@ from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
 
+# What a run directory holds, beside metrics.jsonl and tensorboard/.
 FILE_NAME = "config.json"
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)

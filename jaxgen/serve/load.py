@@ -7,13 +7,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxgen.checkpoint.manager import CheckpointManager
-from jaxgen.config import TrainConfig
+from jaxgen.config import CHECKPOINTS, FILE_NAME, TOKENIZER, TrainConfig
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.sharding import abstract
-
-TOKENIZER = "tokenizer"
 
 
 def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]:
@@ -23,9 +21,9 @@ def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]
         UserError: it is neither.
     """
     path = epath.Path(location)
-    if (path / "config.json").exists():
+    if (path / FILE_NAME).exists():
         return path, None
-    if path.name.isdecimal() and path.parent.name == "checkpoints":
+    if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, int(path.name)
     raise UserError(
         f"{location} is no run directory and no checkpoint of one; "
@@ -50,6 +48,6 @@ def load_model(
         key = jax.random.key(0)
         return Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
 
-    with CheckpointManager(run_dir / "checkpoints") as checkpoints:
+    with CheckpointManager(run_dir / CHECKPOINTS) as checkpoints:
         model = checkpoints.restore(abstract(make, mesh), step=step, only="model").state
     return model, Tokenizer.load(str(run_dir / TOKENIZER))

@@ -71,7 +71,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
     Raises:
         UserError: something in the config, the data or the run directory cannot work.
     """
-    from jaxgen.config import save_config
+    from jaxgen.config import CHECKPOINTS, TOKENIZER, save_config
 
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     config.check(mesh)
@@ -88,7 +88,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         check_vocab(packed.tokenizer, config.model.vocab_size)
         loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
         checkpoints = stack.enter_context(
-            CheckpointManager(run_dir / "checkpoints", config.checkpoint)
+            CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint)
         )
         state, first = _start(config, mesh, checkpoints, packed)
         if first == config.train.steps and jax.process_index() == 0:
@@ -96,7 +96,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         about = {"config": to_json(config), "data": packed.fingerprint}
         if jax.process_index() == 0:
             save_config(config, run_dir)
-            packed.tokenizer.save(str(run_dir / "tokenizer"))
+            packed.tokenizer.save(str(run_dir / TOKENIZER))
         metrics = stack.enter_context(
             MetricWriter(
                 run_dir,
