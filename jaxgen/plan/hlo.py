@@ -219,22 +219,24 @@ class Program:
 
     def _group(self, instruction: Instruction) -> tuple[int, ...]:
         """The first of the groups that take part with each other, in one of four notations."""
-        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest)
-        if named:
+        text = instruction.rest
+        if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{", text):
             sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
-            taken = re.findall(r"'([^']+)'", named[2])
-            ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+            taken = re.findall(r"'([^']+)'", text[named.end() :].split("}")[0])
+            ids = _device_ids(named[2] or f"[{math.prod(sizes.values())}]")
             first = tuple(slice(None) if axis in taken else 0 for axis in sizes)
-            return tuple(ids[first].flatten().tolist())
-        listed = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
-        if listed:
+            return tuple(ids.reshape(tuple(sizes.values()))[first].flatten().tolist())
+        if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
             return tuple(map(int, listed.split(",")))
-        tiled = re.search(
-            r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest
-        )
-        if tiled:
-            dims = tuple(map(int, tiled[3].split(",")))
-            order = tuple(map(int, tiled[4].split(","))) if tiled[4] else tuple(range(len(dims)))
-            ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-            return tuple(ids.reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
+        if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\]\S*),", text):
+            return tuple(_device_ids(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
         return tuple(range(self.num_devices))
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """Reads `[2,4]T(1,0)`, which is arange(8) as [2, 4], transposed, or the ids one by one."""
+    if iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = tuple(map(int, iota[1].split(",")))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(tuple(map(int, iota[2].split(",")))) if iota[2] else ids).flatten()
+    return np.array([int(n) for n in text.split(",")])

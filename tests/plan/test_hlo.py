@@ -91,6 +91,8 @@ def test_the_axes_of_a_group_are_those_its_devices_differ_in():
     assert first.axes(mesh) == ("tensor",)
     strided = TPU_TEXT.replace("[2,8]<=[16]", "[8,2]<=[2,8]T(1,0)")
     assert Program(strided).collectives()[1].axes(mesh) == ("data",)
+    turned = TPU_TEXT.replace("'b'=4] {'a','b'}", "'b'=4], device_ids=([4,4]T(1,0)) {'a'}")
+    assert Program(turned).collectives()[0].axes(mesh) == ("tensor",)
 
 
 def test_a_fused_reduction_and_slice_is_a_reduce_scatter():
