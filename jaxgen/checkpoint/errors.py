@@ -25,8 +25,9 @@ def blame(error: BaseException) -> str | None:
         reason = _OF_STORAGE.get(getattr(one, "errno", None) or _named_errno(str(one)))
         if reason:
             return reason
-        # gcsfs: a bucket that is absent or closed to us.
-        if type(one).__module__.startswith("gcsfs"):
+        # gcsfs and s3fs: no credentials, no answer, or a bucket that is absent or closed to us.
+        client = type(one).__module__.partition(".")[0]
+        if client in ("gcsfs", "botocore", "aiobotocore") or isinstance(one, PermissionError):
             return str(one).strip().splitlines()[0]
     return None
 

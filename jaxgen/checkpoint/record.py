@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxgen.checkpoint.address import is_local
+
 RECORD = "jaxgen.json"
 FORMAT = 1
 _READERS = 8
@@ -92,11 +94,6 @@ def verify(folder: epath.Path, record: Record, only: str | None = None) -> None:
             raise Damaged(f"{name} has {found_size} bytes of {size}")
         if crc is not None and found_crc is not None and found_crc != crc:
             raise Damaged(f"{name} was changed after it was written (CRC-32)")
-
-
-def is_local(folder: epath.Path) -> bool:
-    """Whether this is a path of a file system and not of an object store."""
-    return "://" not in str(folder)
 
 
 def _part(name: str) -> str:

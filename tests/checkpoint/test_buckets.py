@@ -1,0 +1,147 @@
+"""Checkpoints and metrics in gs:// and s3://, against real servers of their protocols."""
+
+from pathlib import Path
+
+import pytest
+from processes import run_processes
+
+HERE = str(Path(__file__).parent)
+
+SCRIPT = """
+import json, sys
+bucket = sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+from jaxgen.sharding import simulate_devices
+simulate_devices(8)
+import jax.numpy as jnp
+from small import abstract, equal, mesh_of, new_state
+from jaxgen.checkpoint.address import resolve
+from jaxgen.checkpoint.manager import CheckpointConfig, CheckpointManager
+from jaxgen.errors import UserError
+from jaxgen.metrics import MetricWriter
+
+run = resolve(f"{bucket}/runs/one")
+mesh, other = mesh_of(fsdp=4, tensor=2), mesh_of(data=2, fsdp=2, tensor=2)
+watching = CheckpointManager(run / "checkpoints")
+assert watching.latest_step() is None
+config = CheckpointConfig(keep_last=2, keep_every_steps=4)
+with CheckpointManager(run / "checkpoints", config) as manager:
+    for step in range(1, 8):
+        manager.save(step, new_state(mesh, seed=step), {"data": step})
+    manager.wait()
+    assert manager.all_steps() == [4, 6, 7]
+manager = CheckpointManager(f"{bucket}/runs/one/checkpoints")
+state, step, metadata = manager.restore(abstract(other))
+assert (step, metadata) == (7, {"data": 7})
+assert equal(state, new_state(other, seed=7))
+for path in (run / "checkpoints" / "00000007" / "model" / "d").iterdir():
+    path.write_bytes(path.read_bytes()[:-1])
+with CheckpointManager(f"{bucket}/runs/one/checkpoints", config) as manager:
+    state, step, _ = manager.restore(abstract(other))
+    assert step == 6
+    assert equal(state, new_state(other, seed=6))
+    manager.save(7, new_state(mesh, seed=70), {"data": 70})
+state, step, metadata = watching.restore(abstract(mesh))
+assert (step, metadata) == (7, {"data": 70})
+assert equal(state, new_state(mesh, seed=70))
+
+for first in (0, 2):
+    with MetricWriter(run, resume_step=first) as writer:
+        for step in (first + 1, first + 2, first + 3):
+            writer.write(step, {"loss": jnp.float32(step + first)})
+lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 5), (4, 6), (5, 7)]
+assert len(list((run / "tensorboard").iterdir())) == 2
+
+manager = CheckpointManager(bucket.replace("jaxgen", "absent") + "/run")
+try:
+    manager.save(1, state, {})
+    manager.close()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_checkpoints_and_metrics_in_a_bucket(bucket):
+    done = bucket.run_script(SCRIPT, HERE)
+    assert "00000007 is not used: model/d/" in done.stderr
+    absent = bucket.url.replace("jaxgen", "absent")
+    last = done.stdout.strip().splitlines()[-1]
+    assert last == f"{absent}/run cannot be used: there is no such bucket"
+
+
+# Local folders and gs:// before and after this process has used S3.
+OTHERS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from small import abstract, equal, mesh_of, new_state
+from jaxgen.checkpoint import s3
+from jaxgen.checkpoint.manager import CheckpointManager
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+def spec(place):
+    return tensorstore_utils.build_kvstore_tspec(place, "array")["base"]
+
+places = ("/folder//of/a/run/", "gs://bucket//run/")
+before = [spec(place) for place in places]
+s3.teach_orbax()
+assert [spec(place) for place in places] == before
+assert spec(f"{sys.argv[1]}/run/")["driver"] == "s3"
+"""
+
+
+def test_other_addresses_are_left_as_they_are(bucket):
+    if not bucket.url.startswith("s3"):
+        pytest.skip("it is S3 that Orbax is taught")
+    bucket.run_script(OTHERS, HERE)
+
+
+def test_another_orbax_is_refused_in_one_line(monkeypatch):
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    from jaxgen.checkpoint import s3
+    from jaxgen.errors import UserError
+
+    monkeypatch.delattr(tensorstore_utils, "_use_gcs_driver")
+    with pytest.raises(UserError, match=r"orbax-checkpoint 0\.\S+, which has no _use_gcs_driver"):
+        s3.teach_orbax()
+
+
+PROCESSES = """
+    sys.path.insert(0, sys.argv[2])
+    from small import abstract, mesh_of, new_state
+    from jaxgen.checkpoint.address import resolve
+    from jaxgen.checkpoint.manager import CheckpointConfig, CheckpointManager
+    from jaxgen.errors import UserError
+
+    folder = resolve(sys.argv[1]) / "runs" / "two" / "checkpoints"
+    mesh, other = mesh_of(fsdp=4), mesh_of(fsdp=2, tensor=2)
+    states = {step: jax.block_until_ready(new_state(mesh, seed=step)) for step in (1, 2, 3)}
+    with CheckpointManager(folder, CheckpointConfig(keep_last=2)) as manager:
+        manager.check_writable()
+        for step, state in states.items():
+            manager.save(step, state, {"data": step})
+    distributed.barrier("saved", 60)
+    if me == 0:
+        (path,) = (folder / "00000003" / "model" / "ocdbt.process_1" / "d").iterdir()
+        path.write_bytes(path.read_bytes()[:-1])
+    with CheckpointManager(folder) as manager:
+        state, step, metadata = manager.restore(abstract(other))
+        with jax.set_mesh(other):
+            wanted = jax.tree.leaves(new_state(other, seed=2))
+            same = [(a == b).all() for a, b in zip(jax.tree.leaves(state), wanted)]
+        print(step, metadata, all(bool(flag.addressable_shards[0].data) for flag in same))
+    try:
+        CheckpointManager(sys.argv[1].replace("jaxgen", "absent") + "/run").check_writable()
+    except UserError as error:
+        print(error)
+    distributed.barrier("end", 60)
+    """
+
+
+def test_two_processes_in_a_bucket(bucket, monkeypatch):
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    for output in run_processes(PROCESSES, bucket.url, HERE):
+        assert "2 {'data': 2} True" in output
+        assert "absent/run cannot be used: there is no such bucket" in output
