@@ -298,6 +298,13 @@ def test_what_orbax_cannot_write_to_is_refused():
         CheckpointManager("hdfs://cluster/run")
 
 
+@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3")])
+def test_a_store_whose_client_is_not_installed_is_one_line(monkeypatch, scheme, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"install it: pip install 'jaxgen\[{extra}\]'"):
+        CheckpointManager(f"{scheme}://bucket/run")
+
+
 @pytest.mark.parametrize(
     "fields", [{"save_every_steps": 0}, {"keep_last": 0}, {"keep_every_steps": -1}]
 )
