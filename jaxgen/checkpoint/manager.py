@@ -73,6 +73,7 @@ class CheckpointManager:
         """
         where = address.resolve(directory)
         self.directory = type(where)(os.path.abspath(where)) if address.is_local(where) else where
+        self._in_s3 = str(where).startswith(s3.SCHEME)
         self.config = config or CheckpointConfig()
         self._steps = Steps(self.directory, self.config.timeout_s)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -99,8 +100,10 @@ class CheckpointManager:
         """Asks an object store whether it takes writes, before anything is computed for it.
 
         Raises:
-            UserError: it does not; no bucket, no permission, no answer.
+            UserError: it does not (no bucket, no permission, no answer), or Orbax cannot.
         """
+        if self._in_s3:
+            s3.teach_orbax()
         self._steps.check_writable()
 
     def metadata(self, step: int | None = None, only: str | None = None) -> dict[str, Any]:
@@ -245,7 +248,7 @@ class CheckpointManager:
     def _orbax_context(self) -> tuple[Any, Any]:
         orbax = _orbax()
         context = orbax.Context()
-        if str(self.directory).startswith(s3.SCHEME):
+        if self._in_s3:
             s3.teach_orbax()
             context.atomicity.mode = orbax.options.AtomicityMode.COMMIT_FILE
         context.asynchronous.timeout_secs = int(self.config.timeout_s)

@@ -1,5 +1,6 @@
 """Checkpoints and metrics in gs:// and s3://, against real servers of their protocols."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,29 +71,35 @@ def test_checkpoints_and_metrics_in_a_bucket(bucket):
     assert last == f"{absent}/run cannot be used: there is no such bucket"
 
 
-# Local folders and gs:// before and after this process has used S3.
-OTHERS = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from small import abstract, equal, mesh_of, new_state
+SPECS = """
+import json, sys
 from jaxgen.checkpoint import s3
-from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.checkpoint.address import resolve
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 def spec(place):
     return tensorstore_utils.build_kvstore_tspec(place, "array")["base"]
 
+resolve(sys.argv[1])
 places = ("/folder//of/a/run/", "gs://bucket//run/")
 before = [spec(place) for place in places]
 s3.teach_orbax()
 assert [spec(place) for place in places] == before
-assert spec(f"{sys.argv[1]}/run/")["driver"] == "s3"
+print(json.dumps(spec(f"{sys.argv[1]}//run/")))
 """
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_other_addresses_are_left_as_they_are(bucket):
-    bucket.run_script(OTHERS, HERE)
+def test_orbax_learns_of_s3_alone_and_finds_its_server(bucket):
+    environ = {"type": "environment"}
+    wanted = {"driver": "s3", "bucket": "jaxgen", "path": "run", "aws_credentials": environ}
+    on_aws = bucket.run("-c", SPECS, bucket.url, AWS_ENDPOINT_URL=None)
+    assert json.loads(on_aws.stdout) == wanted, on_aws.stderr
+    wanted |= {"endpoint": bucket.environ["AWS_ENDPOINT_URL"], "aws_region": "eu-west-1"}
+    assert json.loads(bucket.run_script(SPECS).stdout) == wanted
+    wanted["aws_region"] = "us-west-2"
+    other = {"AWS_REGION": None, "AWS_DEFAULT_REGION": "us-west-2"}
+    assert json.loads(bucket.run("-c", SPECS, bucket.url, **other).stdout) == wanted
 
 
 def test_another_orbax_is_refused_in_one_line(monkeypatch):
