@@ -1,4 +1,4 @@
-"""The one exception the command line turns into a line of advice, and others it is made of."""
+"""The one exception the command line turns into a line of advice, and the stores' own."""
 
 _STORE_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs")
 

@@ -29,7 +29,7 @@ def blame(error: BaseException) -> str | None:
             return reason
         # s3fs raises PermissionError without a number.
         if is_of_store(one) or isinstance(one, PermissionError):
-            return str(one).strip().splitlines()[0]
+            return (str(one).strip() or type(one).__name__).splitlines()[0]
     return None
 
 

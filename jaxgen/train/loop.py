@@ -72,7 +72,9 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint)
         )
         checkpoints.check_writable()
-        programs = [lower_step] + [lower_evaluation] * bool(config.eval.every_steps)
+        programs = [lower_step]
+        if config.eval.every_steps:
+            programs.append(lower_evaluation)
         begun = stack.enter_context(start(config, mesh, *programs))
         mesh, loader, packed = begun.mesh, begun.loader, begun.loader.packed
         train_step, *evaluation = begun.programs

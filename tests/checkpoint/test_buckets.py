@@ -102,6 +102,7 @@ def test_orbax_learns_of_s3_alone_and_finds_its_server(bucket):
     assert json.loads(bucket.run("-c", SPECS, bucket.url, **other).stdout) == wanted
 
 
+@pytest.mark.smoke
 def test_another_orbax_is_refused_in_one_line(monkeypatch):
     from orbax.checkpoint._src.serialization import tensorstore_utils
 

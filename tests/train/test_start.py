@@ -63,6 +63,7 @@ def test_a_tokenizer_of_another_vocabulary_is_one_too(config):
     assert not lowered.compiled
 
 
+@pytest.mark.smoke
 def test_shapes_of_a_state_are_traced_once(config, monkeypatch):
     traced = []
     init_state = program.init_state
