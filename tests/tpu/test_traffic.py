@@ -1,4 +1,4 @@
-"""What a step sends over each mesh axis, in programs of the TPU compiler, is what PARALLELISM.md says.
+"""What a step sends over each mesh axis, in the TPU compiler's programs, is what theory says.
 
 The formulas are written here as they are there: bytes that each device sends in one step, by the
 bandwidth-optimal algorithm of each collective.
