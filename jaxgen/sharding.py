@@ -17,7 +17,7 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("pipeline", "context", "expert")
+UNSUPPORTED_AXES = ("pipeline", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MeshConfig:
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
-    """Shards of the experts. Not supported yet: must be 1."""
+    """Shards of the experts; each also takes its own rows."""
 
     @property
     def sizes(self) -> dict[str, int]:

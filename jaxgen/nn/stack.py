@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
-from jaxgen.nn.init import Elementwise
+from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.sharding import Rules
 
 M = TypeVar("M", bound=nnx.Module)
@@ -77,7 +77,7 @@ def gather(module: M, rules: Rules, dtype: jnp.dtype) -> M:
     """
 
     def whole(param: nnx.Param) -> nnx.Param:
-        value = param[...].astype(dtype)
+        value = param[...].astype(jnp.float32 if isinstance(param, Precise) else dtype)
         if not isinstance(param, Elementwise):
             value = reshard(value, rules.gathered(*param.axes))
         return type(param)(value, axes=param.axes)
