@@ -18,7 +18,7 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("pipeline", "context", "expert")
+UNSUPPORTED_AXES = ("pipeline", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MeshConfig:
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
-    """Shards of the experts. Not supported yet: must be 1."""
+    """Shards of the experts; each also takes its own rows."""
     across_slices: Literal["data", "pipeline"] = "data"
     """The axis that goes from one TPU slice to the next, over the data-centre network. It must be a
     multiple of the number of slices; all other axes stay inside a slice."""

@@ -15,7 +15,9 @@ from jaxgen.nn.attention import attend
 from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import GatedMLP, RMSNorm, product
+from jaxgen.nn.moe import MoE
 from jaxgen.nn.rope import rotate
+from jaxgen.nn.router import RouterStats
 from jaxgen.nn.stream import enter, leave, partial_sums
 
 if TYPE_CHECKING:
@@ -136,14 +138,17 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each with a residual around it, normed before, after, or both."""
+    """Attention and MLP, or experts, each with a residual around it, normed before, after, or both."""
 
     def __init__(self, maker: Maker, config: "DecoderConfig", compute: "ComputeConfig"):
         norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
         D = config.embed_dim
         self.pre, self.post = config.norms != "post", config.norms != "pre"
         self.attention = Attention(maker / "attention", config, compute)
-        self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
+        if config.moe is None:
+            self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
+        else:
+            self.mlp = MoE(maker / "mlp", config, compute)
         if self.pre:
             self.attention_norm = RMSNorm(maker, D, **norm)
             self.mlp_norm = RMSNorm(maker, D, **norm)
@@ -157,9 +162,14 @@ class Layer(nnx.Module):
         sight: Sight,
         local: bool | Bool[Array, ""],
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the layer's output and the cache with this layer's keys and values written."""
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, RouterStats | None]]:
+        """Returns the layer's output, and of this layer alone: the cache with its keys and values
+        written, and what its router did, if it has one."""
         y, cache = self.attention(self.attention_norm(x) if self.pre else x, sight, local, cache)
         x = x + (self.attention_post_norm(y) if self.post else y)
-        y = self.mlp(self.mlp_norm(x) if self.pre else x)
-        return x + (self.mlp_post_norm(y) if self.post else y), cache
+        normed, stats = self.mlp_norm(x) if self.pre else x, None
+        if isinstance(self.mlp, MoE):
+            y, stats = self.mlp(normed, sight.queries.segments > 0)
+        else:
+            y = self.mlp(normed)
+        return x + (self.mlp_post_norm(y) if self.post else y), (cache, stats)

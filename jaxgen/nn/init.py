@@ -27,6 +27,10 @@ class Elementwise(nnx.Param):
     """
 
 
+class Precise(nnx.Param):
+    """A matrix that is multiplied in fp32, whatever the compute dtype: the router's."""
+
+
 class Maker:
     """Makes the parameters of one module, or of a stack of equal modules.
 
@@ -46,7 +50,13 @@ class Maker:
         return Maker(self.key, self.rules, self.path, num_layers)
 
     def normal(
-        self, name: str, shape: Sequence[int], axes: Sequence[str | None], *, fan_in: int
+        self,
+        name: str,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        *,
+        fan_in: int,
+        kind: type[nnx.Param] = nnx.Param,
     ) -> nnx.Param:
         """A matrix drawn from a normal of standard deviation 1 / sqrt(fan_in).
 
@@ -54,7 +64,7 @@ class Maker:
         """
         shape, spec = self._place(shape, axes)
         draw = truncated_normal(self.key, f"{self.path}/{name}", shape, spec)
-        return nnx.Param(draw / (TRUNCATED_STD * math.sqrt(fan_in)), axes=tuple(axes))
+        return kind(draw / (TRUNCATED_STD * math.sqrt(fan_in)), axes=tuple(axes))
 
     def full(self, shape: Sequence[int], axes: Sequence[str | None], value: float) -> Elementwise:
         """A scale or a bias, which starts as one value."""
