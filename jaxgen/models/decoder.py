@@ -9,18 +9,21 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
+
 from jaxgen.nn.attention import Backend
-from jaxgen.nn.block import Layer, Sight, Span
+from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
+from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.nn.stream import enter
@@ -159,6 +162,8 @@ class ComputeConfig:
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
+    pipeline: Pipeline = Pipeline()
+    """How a batch goes through the stages of `mesh.pipeline`."""
 
 
 class KVCache(NamedTuple):
@@ -190,10 +195,11 @@ class Decoder(nnx.Module):
     ):
         self.config, self.compute = config, compute or ComputeConfig()
         self.rules = rules or Rules()
-        maker = Maker(key, self.rules)
+        maker, schedule = Maker(key, self.rules), self.schedule
+        repeats = schedule.repeats if schedule else 1
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer((maker / "layers").stacked(config.num_layers), config, self.compute)
+        self.layers = Layer((maker / "layers").stacked(config.num_layers, repeats), config, self.compute)
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )
@@ -205,14 +211,22 @@ class Decoder(nnx.Module):
         """Of matrix products and activations."""
         return jnp.dtype(self.compute.dtype)
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the pipeline on the mesh that is set, if it has one."""
+        return self.compute.pipeline.here(self.rules)
+
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        tokens: Int[Array, "*M B T"],
+        positions: Int[Array, "*M B T"],
+        segments: Int[Array, "*M B T"],
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Returns the normed hidden states, and the cache with these tokens written into it."""
+    ) -> tuple[Float[Array, "*M B T D"], KVCache | None]:
+        """Returns the normed hidden states, and the cache with these tokens written into it.
+
+        In a pipeline rows are cut in microbatches, and there is no cache.
+        """
         config, rules = self.config, self.rules.here()
         x = embed(self.embedding[...], tokens, rules, self.dtype)
         if config.embed_scale is not None:
@@ -221,22 +235,35 @@ class Decoder(nnx.Module):
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
             keys = Span(*(write(old, new) for old, new in zip(cache.span, queries, strict=True)))
-        turn = functools.partial(rotation, positions, config.head_dim)
-        global_rotation = turn(config.rope_theta, config.rope_scaling)
-        local_rotation = global_rotation
-        if config.rope_local_theta is not None:
-            local_rotation = turn(config.rope_local_theta)
-        sight = Sight(
-            queries, keys, global_rotation, local_rotation, None if cache is None else cache.used
-        )
 
-        def body(x, layer, per_layer):
+        def see(queries: Span, keys: Span) -> Sight:
+            turn = functools.partial(rotation, queries.positions, config.head_dim)
+            everywhere = local = turn(config.rope_theta, config.rope_scaling)
+            if config.rope_local_theta is not None:
+                local = turn(config.rope_local_theta)
+            return Sight(queries, keys, everywhere, local, None if cache is None else cache.used)
+
+        def one(x, layer, per_layer, sight):
             local, layer_cache = per_layer
             x = checkpoint_name(x, "layer_input")
             local = kinds[0] if len(set(kinds)) == 1 else local
             return gather(layer, rules, self.dtype)(x, sight, local, layer_cache)
 
         kinds = config.local_layers
+        if schedule := self.schedule:
+            mixed = not schedule.alike(np.asarray(kinds))
+            # Angles are made in each layer, where they are not kept for every tick.
+            body = self.compute.remat.wrap(
+                lambda x, layer, local, span: one(x, layer, (Mixed(local) if mixed else local, None), see(span, span))
+            )
+            xs = np.asarray(kinds)
+            x, _ = run_stages(self.layers, body, x, xs, queries, schedule, rules)
+            return self.norm(x), None
+        sight = see(queries, keys)
+
+        def body(x, layer, per_layer):
+            return one(x, layer, per_layer, sight)
+
         stacked = not isinstance(self.layers, nnx.List)
         local = jnp.asarray(kinds) if stacked else list(kinds)
         layer_caches = None if cache is None else cache.layers
@@ -268,7 +295,11 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
         """Returns the logits at every position."""
-        return self.logits(self.hidden(tokens, positions, segments)[0])
+        rows = (tokens, positions, segments)
+        if schedule := self.schedule:
+            x, _ = self.hidden(*cut(rows, schedule.microbatches))
+            return self.logits(join(x))
+        return self.logits(self.hidden(*rows)[0])
 
     def loss_sums(
         self,
@@ -284,7 +315,11 @@ class Decoder(nnx.Module):
 
         Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient.
         """
-        x, _ = self.hidden(tokens, positions, segments)
+        rows = (tokens, positions, segments, targets, weights)
+        if schedule := self.schedule:
+            rows = cut(rows, schedule.microbatches)
+        *seen, targets, weights = rows
+        x, _ = self.hidden(*seen)
         rules, soft_cap = self.rules.here(), self.config.logit_soft_cap
         return cross_entropy(x, self.head_table, targets, weights, rules, z_loss, soft_cap)
 

@@ -1,0 +1,315 @@
+"""Pipeline parallelism: each stage of devices owns some of the layers, and activations travel.
+
+A batch is cut into M microbatches. At every tick each of the S stages takes one of them through its
+k layers and hands it to the next. With R repeats a microbatch goes round R times: stage s owns the
+layers r * S * k + s * k + j, for r < R and j < k. A stage works in R * M of R * M + S - 1 ticks;
+the rest is the bubble.
+
+Two worlds meet here. Layers run under `jax.vmap` over the stages, whose dimension is split over the
+mesh axis `pipeline`: their own explicit shardings stay valid, partial sums included, which a
+`shard_map` over one axis of an explicit mesh cannot express (jax 0.10 and 0.12). What moves between
+stages moves in a `shard_map`. Weights never move: the embedding table and the output layer are
+split over `pipeline` by their vocabulary, and microbatches wait spread over the stages.
+
+S stages, M microbatches, R repeats, k layers a stage and repeat, b rows a microbatch.
+Source: Huang et al. 2019, arXiv:1811.06965 (R = 1); Narayanan et al. 2021, arXiv:2104.04473,
+section 2.2 (R > 1).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+from jaxgen.errors import UserError
+from jaxgen.nn.stream import stream_spec
+from jaxgen.sharding import Rules, logical_to_mesh
+
+AXIS = "pipeline"
+T = TypeVar("T")
+
+
+class Schedule(NamedTuple):
+    """Which stage works on what, and when."""
+
+    stages: int
+    microbatches: int
+    repeats: int
+
+    def alike(self, of_layers: np.ndarray) -> bool:
+        """Whether [L] values, one a layer, are the same in all stages and repeats."""
+        rows = of_layers.reshape(self.stages * self.repeats, -1)
+        return bool((rows == rows[:1]).all())
+
+    @property
+    def ticks(self) -> int:
+        """Ticks of one pass over the batch."""
+        return self.repeats * self.microbatches + self.stages - 1
+
+    def at(self, tick: Any, stage: Any) -> tuple[Any, Any, Any]:
+        """Returns (whether the stage has work at this tick, in which repeat, on which microbatch).
+
+        In the bubble the last two are those of its nearest work.
+        """
+        work = tick - stage
+        busy = (work >= 0) & (work < self.repeats * self.microbatches)
+        work = jnp.clip(work, 0, self.repeats * self.microbatches - 1)
+        return busy, work // self.microbatches, work % self.microbatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How a batch goes through the stages of `mesh.pipeline`; without stages nothing is done."""
+
+    num_microbatches: int = 0
+    """Parts of the batch, a multiple of the stages; 0 for as many as there are stages. More of them
+    waste less time: (stages - 1) / (repeats * microbatches + stages - 1) of it is idle."""
+    num_repeats: int = 1
+    """Rounds of a microbatch through the stages. Each more divides the idle time, and multiplies
+    what travels between stages. Checkpoints do not depend on it."""
+
+    def __post_init__(self):
+        if self.num_microbatches < 0:
+            raise UserError(
+                f"compute.pipeline.num_microbatches={self.num_microbatches}; use a multiple of "
+                "mesh.pipeline, or 0"
+            )
+        if self.num_repeats < 1:
+            raise UserError(f"compute.pipeline.num_repeats={self.num_repeats}; use 1 or more")
+
+    def schedule(self, mesh: Mesh | AbstractMesh, rules: Rules) -> Schedule | None:
+        """Returns the schedule on a mesh; None if layers are not split over `pipeline` there."""
+        if mesh.empty or AXIS not in logical_to_mesh(rules.on(mesh).layers):
+            return None
+        stages = mesh.shape[AXIS]
+        return Schedule(stages, self.num_microbatches or stages, self.num_repeats)
+
+    def here(self, rules: Rules) -> Schedule | None:
+        """Returns the schedule on the mesh that is set."""
+        return self.schedule(jax.sharding.get_abstract_mesh(), rules)
+
+    def check(self, mesh: Mesh | AbstractMesh, rules: Rules, num_layers: int) -> None:
+        """Checks that layers divide into stages, and microbatches into what each of them holds.
+
+        Raises:
+            UserError: they do not.
+        """
+        schedule = self.schedule(mesh, rules)
+        if schedule is None:
+            return
+        stages, microbatches, repeats = schedule
+        if num_layers % (stages * repeats):
+            fit = np.gcd(num_layers, stages)
+            rounds = repeats if num_layers % (fit * repeats) == 0 else 1
+            raise UserError(
+                f"model.num_layers={num_layers} is not divisible by mesh.pipeline={stages} x "
+                f"compute.pipeline.num_repeats={repeats}; use mesh.pipeline={fit} "
+                f"compute.pipeline.num_repeats={rounds}"
+            )
+        if microbatches % stages:
+            raise UserError(
+                f"compute.pipeline.num_microbatches={microbatches} is not a multiple of "
+                f"mesh.pipeline={stages}; use {-(-microbatches // stages) * stages}"
+            )
+
+
+def cut(tree: T, num: int) -> T:
+    """[B, ...] -> [num, B / num, ...], row r in part r % num: each spread over the same devices."""
+
+    def split(x: jax.Array) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        parts = x.reshape(x.shape[0] // num, num, *x.shape[1:])
+        return reshard(parts.swapaxes(0, 1), P(None, *spec))
+
+    return jax.tree.map(split, tree)
+
+
+def join(x: jax.Array) -> jax.Array:
+    """The inverse of `cut`, of an array whose parts may be split over the stages."""
+    whole = reshard(x, P(None, *jax.typeof(x).sharding.spec[1:])).swapaxes(0, 1)
+    return whole.reshape(-1, *x.shape[2:])
+
+
+def run_stages(
+    layers: Any,
+    body: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    x: jax.Array,
+    xs: Any,
+    shared: Any,
+    schedule: Schedule,
+    rules: Rules,
+) -> tuple[jax.Array, Any]:
+    """Runs x, y = body(x, layer, x_of_layer, shared) through all layers, like `stack.run`.
+
+    Args:
+        layers: one module whose parameters begin with [L], or [R, L / R] for R > 1; split over
+            `pipeline` in the last of these.
+        body: one layer on one microbatch.
+        x: the stream [M, b, T, D], its microbatches split over `pipeline`.
+        xs: a pytree of NumPy arrays [L], one value a layer. Those that are `schedule.alike` are not
+            batched by vmap, so that a `lax.cond` on them stays one.
+        shared: a pytree of arrays [M, b, ...] that every layer needs of its microbatch; whole over
+            `pipeline`.
+        schedule: of the mesh that is set.
+        rules: on that mesh.
+
+    Returns:
+        x after the last layer, sharded like x, and the ys summed over microbatches, [L, ...].
+    """
+    stages, microbatches, repeats = schedule
+    k = _num_layers(layers, repeats) // (stages * repeats)
+    layers = jax.tree.map(lambda a: a if repeats > 1 else a[None], layers)
+    same_xs = all(map(schedule.alike, jax.tree.leaves(xs)))
+
+    def place(x):
+        x = x.reshape(repeats, stages, k)
+        return jnp.asarray(x[0, 0]) if same_xs else reshard(jnp.asarray(x), P(None, AXIS))
+
+    xs = jax.tree.map(place, xs)
+
+    def work(tick):
+        """What each stage works with at a tick: its layers, their xs, its part of `shared`."""
+
+        def mine(tick, layers, xs, shared):
+            _, repeat, microbatch = schedule.at(tick, lax.axis_index(AXIS))
+            layers = jax.tree.map(lambda a: _take(a, repeat)[None], layers)
+            xs = xs if same_xs else jax.tree.map(lambda a: _take(a, repeat), xs)
+            return layers, xs, jax.tree.map(lambda a: _take(a, microbatch)[None], shared)
+
+        layer_specs, shared_specs = jax.tree.map(_spec, layers), jax.tree.map(_spec, shared)
+        xs_specs = jax.tree.map(_spec, xs)
+        out_specs = (
+            jax.tree.map(lambda spec: P(AXIS, None, *spec[2:]), layer_specs),
+            xs_specs if same_xs else jax.tree.map(lambda spec: P(*spec[1:]), xs_specs),
+            jax.tree.map(lambda spec: P(AXIS, *spec[1:]), shared_specs),
+        )
+        in_specs = (P(), layer_specs, xs_specs, shared_specs)
+        move = jax.shard_map(mine, in_specs=in_specs, out_specs=out_specs)
+        return move(tick, layers, xs, shared)
+
+    def stage(layers, x, xs, shared):
+        return lax.scan(lambda x, layer: body(x, *layer, shared), x, (layers, xs))
+
+    all_stages = jax.vmap(stage, in_axes=(0, 0, None if same_xs else 0, 0))
+    feed, move = _belts(schedule, rules)
+
+    def tick(carry, number):
+        x, belts = carry
+        layers, xs, shared = work(number)
+        y, ys = all_stages(layers, x, xs, shared)
+        return move(number, y, belts), ys
+
+    (_, belts), ys = lax.scan(tick, feed(x), jnp.arange(schedule.ticks))
+    # A microbatch comes back to the stage it started from, (S - 1) % (M / S) slots further on.
+    slots = microbatches // stages
+    last = jax.shard_map(
+        lambda stream: jnp.roll(stream, -((stages - 1) % slots), axis=0),
+        in_specs=_spec(x),
+        out_specs=_spec(x),
+    )(belts[0])
+    return last, jax.tree.map(lambda y: _sum_ys(y, schedule), ys)
+
+
+def _belts(schedule: Schedule, rules: Rules) -> tuple[Callable, Callable]:
+    """How activations move: (the first carry, the carry after a tick), a carry being (x, belts).
+
+    Microbatches lie on a belt of M / S slots a stage. Stage 0 takes slot t % (M / S) at tick t, and
+    then this slot moves one stage down while the last stage puts down its result: so microbatch t
+    is at stage 0 when its turn has come, and at the end each is back where it was. For R > 1 what
+    comes to stage 0 from the last stage waits there for M - S ticks.
+    """
+    stages, microbatches, repeats = schedule
+    slots, wait = microbatches // stages, microbatches - stages
+    spec = stream_spec(rules, cut=True)
+    queued = P(None, *spec)
+    rounds = repeats > 1
+
+    def start(stream):
+        first = lax.axis_index(AXIS) == 0
+        return jnp.where(first, stream[:1], jnp.zeros_like(stream[:1]))
+
+    def advance(tick, y, belts):
+        stream, queue = belts
+        me = lax.axis_index(AXIS)
+        last = stages - 1
+        down = [(stage, stage - 1) for stage in range(1, stages)]
+        up = [(stage, (stage + 1) % stages) for stage in range(stages if rounds else last)]
+        slot = tick % slots
+        moved = lax.ppermute(_take(stream, slot), AXIS, down)
+        stream = lax.dynamic_update_index_in_dim(
+            stream, jnp.where(me == last, y[0], moved), slot, 0
+        )
+        arrived = lax.ppermute(y, AXIS, up)
+        busy, repeat, _ = schedule.at(tick + 1, me)
+        ready = arrived
+        if rounds and wait:
+            place = (tick + 1) % wait
+            ready = _take(queue, place)
+            queue = lax.dynamic_update_index_in_dim(queue, arrived, place, 0)
+        fresh = _take(stream, (tick + 1) % slots)[None]
+        at_first = jnp.where(repeat == 0, fresh, ready)
+        x = jnp.where(me == 0, at_first, arrived)
+        # Zeros in the bubble: finite in every layer, so that no gradient of 0 meets an infinity.
+        return jnp.where(busy, x, jnp.zeros_like(x)), (stream, queue)
+
+    def feed(stream):
+        shape = (wait if rounds else 0, stages, *stream.shape[1:])
+        queue = jnp.zeros(shape, stream.dtype, out_sharding=queued)
+        return jax.shard_map(start, in_specs=spec, out_specs=spec)(stream), (stream, queue)
+
+    move = jax.shard_map(
+        advance, in_specs=(P(), spec, (spec, queued)), out_specs=(spec, (spec, queued))
+    )
+    return feed, move
+
+
+def _sum_ys(y: jax.Array, schedule: Schedule) -> jax.Array:
+    """[ticks, S, k, ...] -> [L, ...]: summed over microbatches, without what the bubble made."""
+    ticks, stages = np.arange(schedule.ticks)[:, None], np.arange(schedule.stages)[None]
+    busy, repeats, _ = schedule.at(ticks, stages)
+    # Stages here count along a dimension that is whole, so that [R, S, k] flattens into [L].
+    y = reshard(y, P(None, None, *jax.typeof(y).sharding.spec[2:]))
+    sums = []
+    for repeat in range(schedule.repeats):
+        mine = (busy & (repeats == repeat)).reshape(*busy.shape, *[1] * (y.ndim - 2))
+        sums.append(jnp.sum(jnp.where(mine, y, jnp.zeros_like(y)), axis=0))
+    return jnp.stack(sums).reshape(-1, *y.shape[3:])
+
+
+def _num_layers(layers: Any, repeats: int) -> int:
+    shape = jax.tree.leaves(layers)[0].shape
+    return shape[0] * (shape[1] if repeats > 1 else 1)
+
+
+def _take(a: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
+
+
+def _spec(a: jax.Array) -> P:
+    return jax.typeof(a).sharding.spec
+
+
+def relayout(tree: Any, like: Any) -> Any:
+    """Returns the arrays of `tree`, which it ends, in the shapes and shardings of `like`.
+
+    Layers are stored as [R, L / R, ...] or as [L, ...], and row by row these are the same: with
+    the abstract state of another number of repeats or of another mesh this turns one into the other.
+    Arrays that are already right are passed on.
+    """
+
+    def move(x, target):
+        if x.shape == target.shape and x.sharding.is_equivalent_to(target.sharding, x.ndim):
+            return x
+        whole = jax.sharding.auto_axes(
+            lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
+        )
+        return jax.jit(whole, donate_argnums=0)(x)
+
+    leaves = map(move, jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
