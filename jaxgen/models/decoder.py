@@ -16,7 +16,6 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
-
 from jaxgen.nn.attention import Backend
 from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
@@ -195,11 +194,12 @@ class Decoder(nnx.Module):
     ):
         self.config, self.compute = config, compute or ComputeConfig()
         self.rules = rules or Rules()
-        maker, schedule = Maker(key, self.rules), self.schedule
-        repeats = schedule.repeats if schedule else 1
+        maker = Maker(key, self.rules)
+        repeats = self.schedule.repeats if self.schedule else 1
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer((maker / "layers").stacked(config.num_layers, repeats), config, self.compute)
+        layers = (maker / "layers").stacked(config.num_layers, repeats)
+        self.layers = Layer(layers, config, self.compute)
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )
@@ -251,13 +251,17 @@ class Decoder(nnx.Module):
 
         kinds = config.local_layers
         if schedule := self.schedule:
-            mixed = not schedule.alike(np.asarray(kinds))
-            # Angles are made in each layer, where they are not kept for every tick.
-            body = self.compute.remat.wrap(
-                lambda x, layer, local, span: one(x, layer, (Mixed(local) if mixed else local, None), see(span, span))
-            )
+            if cache is not None:
+                raise UserError("a pipeline has no cache; decode on a mesh with pipeline=1")
             xs = np.asarray(kinds)
-            x, _ = run_stages(self.layers, body, x, xs, queries, schedule, rules)
+            kind_of = (lambda local: local) if schedule.alike(xs) else Mixed
+
+            def in_stage(x, layer, local, span):
+                # Angles are made here: outside they would be kept for every tick.
+                return one(x, layer, (kind_of(local), None), see(span, span))
+
+            remat = self.compute.remat.wrap
+            x, _ = run_stages(self.layers, in_stage, x, xs, queries, schedule, rules, remat)
             return self.norm(x), None
         sight = see(queries, keys)
 
@@ -315,11 +319,10 @@ class Decoder(nnx.Module):
 
         Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient.
         """
-        rows = (tokens, positions, segments, targets, weights)
         if schedule := self.schedule:
-            rows = cut(rows, schedule.microbatches)
-        *seen, targets, weights = rows
-        x, _ = self.hidden(*seen)
+            rows = (tokens, targets, positions, segments, weights)
+            tokens, targets, positions, segments, weights = cut(rows, schedule.microbatches)
+        x, _ = self.hidden(tokens, positions, segments)
         rules, soft_cap = self.rules.here(), self.config.logit_soft_cap
         return cross_entropy(x, self.head_table, targets, weights, rules, z_loss, soft_cap)
 

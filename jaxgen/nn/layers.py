@@ -156,7 +156,9 @@ def embed(
         return lax.psum(x, summed) if summed else x
 
     rows = P(*[None] * cut, rules.batch, rules.seq)
-    split = [logical_to_mesh(axes) + new for axes, new in zip((*rows, None), scattered, strict=True)]
+    split = [
+        logical_to_mesh(axes) + new for axes, new in zip((*rows, None), scattered, strict=True)
+    ]
     found = jax.shard_map(
         lookup,
         in_specs=(rules("vocab", "embed"), rows),

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, reshard
+from jax.sharding import AbstractMesh, Mesh, reshard
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
@@ -144,13 +144,14 @@ def run_stages(
     shared: Any,
     schedule: Schedule,
     rules: Rules,
+    remat: Callable[[T], T],
 ) -> tuple[jax.Array, Any]:
     """Runs x, y = body(x, layer, x_of_layer, shared) through all layers, like `stack.run`.
 
     Args:
         layers: one module whose parameters begin with [L], or [R, L / R] for R > 1; split over
             `pipeline` in the last of these.
-        body: one layer on one microbatch.
+        body: one layer on one microbatch, without rematerialisation.
         x: the stream [M, b, T, D], its microbatches split over `pipeline`.
         xs: a pytree of NumPy arrays [L], one value a layer. Those that are `schedule.alike` are not
             batched by vmap, so that a `lax.cond` on them stays one.
@@ -158,54 +159,49 @@ def run_stages(
             `pipeline`.
         schedule: of the mesh that is set.
         rules: on that mesh.
+        remat: what makes a function keep no more for its backward pass than it should.
 
     Returns:
         x after the last layer, sharded like x, and the ys summed over microbatches, [L, ...].
     """
     stages, microbatches, repeats = schedule
-    k = _num_layers(layers, repeats) // (stages * repeats)
-    layers = jax.tree.map(lambda a: a if repeats > 1 else a[None], layers)
-    same_xs = all(map(schedule.alike, jax.tree.leaves(xs)))
+    if repeats == 1:
+        layers = jax.tree.map(lambda a: a[None], layers)
+    k = jax.tree.leaves(layers)[0].shape[1] // stages
+    alike = all(map(schedule.alike, jax.tree.leaves(xs)))
 
     def place(x):
-        x = x.reshape(repeats, stages, k)
-        return jnp.asarray(x[0, 0]) if same_xs else reshard(jnp.asarray(x), P(None, AXIS))
+        return jnp.asarray(x[:k]) if alike else reshard(x.reshape(repeats, -1), P(None, AXIS))
 
     xs = jax.tree.map(place, xs)
 
-    def work(tick):
-        """What each stage works with at a tick: its layers, their xs, its part of `shared`."""
+    def own_layers(tick, layers, xs):
+        layers = _own(tick, layers, schedule, "repeat")
+        return layers, xs if alike else _own(tick, xs, schedule, "repeat")
 
-        def mine(tick, layers, xs, shared):
-            _, repeat, microbatch = schedule.at(tick, lax.axis_index(AXIS))
-            layers = jax.tree.map(lambda a: _take(a, repeat)[None], layers)
-            xs = xs if same_xs else jax.tree.map(lambda a: _take(a, repeat), xs)
-            return layers, xs, jax.tree.map(lambda a: _take(a, microbatch)[None], shared)
+    one_layer = remat(body)
 
-        layer_specs, shared_specs = jax.tree.map(_spec, layers), jax.tree.map(_spec, shared)
-        xs_specs = jax.tree.map(_spec, xs)
-        out_specs = (
-            jax.tree.map(lambda spec: P(AXIS, None, *spec[2:]), layer_specs),
-            xs_specs if same_xs else jax.tree.map(lambda spec: P(*spec[1:]), xs_specs),
-            jax.tree.map(lambda spec: P(AXIS, *spec[1:]), shared_specs),
-        )
-        in_specs = (P(), layer_specs, xs_specs, shared_specs)
-        move = jax.shard_map(mine, in_specs=in_specs, out_specs=out_specs)
-        return move(tick, layers, xs, shared)
+    def stage(x, layers, xs, shared):
+        return lax.scan(lambda x, layer: one_layer(x, *layer, shared), x, (layers, xs))
 
-    def stage(layers, x, xs, shared):
-        return lax.scan(lambda x, layer: body(x, *layer, shared), x, (layers, xs))
+    def work(tick, x, layers, xs, shared):
+        if repeats > 1:
+            layers, xs = own_layers(tick, layers, xs)
+        shared = _own(tick, shared, schedule, "microbatch")
+        return jax.vmap(stage, in_axes=(0, 0, None if alike else 0, 0))(x, layers, xs, shared)
 
-    all_stages = jax.vmap(stage, in_axes=(0, 0, None if same_xs else 0, 0))
+    # Else every tick would keep a copy of its stage's layers for the backward pass.
+    work = remat(work)
+    if repeats == 1:
+        layers, xs = own_layers(jnp.int32(0), layers, xs)
     feed, move = _belts(schedule, rules)
 
-    def tick(carry, number):
+    def one_tick(carry, tick):
         x, belts = carry
-        layers, xs, shared = work(number)
-        y, ys = all_stages(layers, x, xs, shared)
-        return move(number, y, belts), ys
+        y, ys = work(tick, x, layers, xs, shared)
+        return move(tick, y, belts), ys
 
-    (_, belts), ys = lax.scan(tick, feed(x), jnp.arange(schedule.ticks))
+    (_, belts), ys = lax.scan(one_tick, feed(x), jnp.arange(schedule.ticks))
     # A microbatch comes back to the stage it started from, (S - 1) % (M / S) slots further on.
     slots = microbatches // stages
     last = jax.shard_map(
@@ -282,9 +278,20 @@ def _sum_ys(y: jax.Array, schedule: Schedule) -> jax.Array:
     return jnp.stack(sums).reshape(-1, *y.shape[3:])
 
 
-def _num_layers(layers: Any, repeats: int) -> int:
-    shape = jax.tree.leaves(layers)[0].shape
-    return shape[0] * (shape[1] if repeats > 1 else 1)
+def _own(tick: jax.Array, tree: T, schedule: Schedule, what: str) -> T:
+    """[R, L / R, ...] or [M, b, ...] -> [S, k, ...] or [S, b, ...]: what a stage has at a tick."""
+    dims = {"repeat": 2, "microbatch": 1}[what]
+
+    def choose(tick, tree):
+        _, repeat, microbatch = schedule.at(tick, lax.axis_index(AXIS))
+        index = repeat if what == "repeat" else microbatch
+        return jax.tree.map(lambda a: _take(a, index)[None], tree)
+
+    def out(a):
+        return P(AXIS, *[None] * (dims - 1), *_spec(a)[dims:])
+
+    in_specs, out_specs = (P(), jax.tree.map(_spec, tree)), jax.tree.map(out, tree)
+    return jax.shard_map(choose, in_specs=in_specs, out_specs=out_specs)(tick, tree)
 
 
 def _take(a: jax.Array, index: jax.Array) -> jax.Array:
@@ -296,20 +303,23 @@ def _spec(a: jax.Array) -> P:
 
 
 def relayout(tree: Any, like: Any) -> Any:
-    """Returns the arrays of `tree`, which it ends, in the shapes and shardings of `like`.
+    """Returns the arrays of `tree` in the shapes and shardings of `like`, an abstract tree.
 
-    Layers are stored as [R, L / R, ...] or as [L, ...], and row by row these are the same: with
-    the abstract state of another number of repeats or of another mesh this turns one into the other.
-    Arrays that are already right are passed on.
+    Layers are [R, L / R, ...] or [L, ...], and row by row these are the same: so this turns a state
+    of any number of repeats into that of another. Arrays that are already right are passed on; of
+    the others there are two copies while both trees live.
     """
 
     def move(x, target):
         if x.shape == target.shape and x.sharding.is_equivalent_to(target.sharding, x.ndim):
             return x
-        whole = jax.sharding.auto_axes(
-            lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
+        reshape = jax.jit(
+            jax.sharding.auto_axes(
+                lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
+            )
         )
-        return jax.jit(whole, donate_argnums=0)(x)
+        return reshape(x)
 
-    leaves = map(move, jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    leaves = [move(x, target) for x, target in pairs]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

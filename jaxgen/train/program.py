@@ -3,6 +3,7 @@
 Everything here works on described devices too: it is what `plan` and the tests compile for a TPU.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +28,13 @@ def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
 def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of a state on this mesh; computes nothing."""
     return abstract(lambda: init_state(config, jax.random.key(0)), mesh)
+
+
+def stored_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
+    """Returns the abstract state as checkpoints hold it, with the layers in one dimension."""
+    pipeline = dataclasses.replace(config.compute.pipeline, num_repeats=1)
+    compute = dataclasses.replace(config.compute, pipeline=pipeline)
+    return abstract_state(dataclasses.replace(config, compute=compute), mesh)
 
 
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
