@@ -42,6 +42,7 @@ def attend(
     scale: float | None = None,
     in_order: bool = False,
     backend: Backend = "auto",
+    staged: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scores) v, in q's dtype; the softmax is fp32, products accumulate in fp32.
 
@@ -69,6 +70,7 @@ def attend(
         backend: `xla` honours everything; `splash` is the TPU kernel (on CPU it is interpreted,
             for tests); `cudnn` the NVIDIA one; `auto` the fastest that honours what is asked on
             the platform of the current mesh, which may be one of described devices.
+        staged: whether this is a layer under `pipeline.run_stages`.
 
     Raises:
         UserError: the backend asked for by name cannot honour the mask on this platform.
@@ -99,11 +101,10 @@ def attend(
     elif backend != "xla" and (reason := refusals[backend]()):
         raise UserError(f"attention {backend!r} {reason}; use 'auto' or 'xla'")
     if backend == "splash":
-        return flash.splash(
-            q, k, v, q_segments, window=window, soft_cap=soft_cap, scale=scale, device=device
-        )
+        options = {"window": window, "scale": scale, "staged": staged}
+        return flash.splash(q, k, v, q_segments, soft_cap=soft_cap, device=device, **options)
     if backend == "cudnn":
-        return flash.cudnn(q, k, v, window=window, scale=scale)
+        return flash.cudnn(q, k, v, window=window, scale=scale, staged=staged)
 
     def whole(queries: slice, keys: slice) -> jax.Array:
         def part(x, rows):

@@ -135,7 +135,9 @@ class Attention(nnx.Module):
             "scale": config.attention_scale,
         }
         if cache is None:
-            return attend(q, k, v, **who, in_order=True, backend=self.compute.attention), None
+            staged = self.compute.pipeline.here(self.rules) is not None
+            how = {"in_order": True, "backend": self.compute.attention, "staged": staged}
+            return attend(q, k, v, **who, **how), None
         assert sight.slot is not None
         return attend_cached(q, k, v, cache, sight.slot, **who)
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxgen.nn.pipeline import shard_map
+
 LANES = 128
 
 
@@ -65,6 +67,7 @@ def splash(
     soft_cap: float | None,
     scale: float,
     device: AbstractDevice,
+    staged: bool,
 ) -> Float[Array, "B T N H"]:
     """Attends with JAX's splash kernel, causal by place in the row.
 
@@ -123,7 +126,7 @@ def splash(
         out_BNTH: Any = jax.vmap(row)(*heads_first)
         return out_BNTH.transpose(0, 2, 1, 3)[:, :seq_len].astype(q_BTNH.dtype)
 
-    return _on_each_device(local, head_spec(q), q, k, v, segments)
+    return _on_each_device(local, head_spec(q), staged, q, k, v, segments)
 
 
 def cudnn_refuses(
@@ -161,6 +164,7 @@ def cudnn(
     *,
     window: int | None,
     scale: float,
+    staged: bool,
 ) -> Float[Array, "B T N H"]:
     """Attends with cuDNN's fused kernel, causal by place in the row, one document a row.
 
@@ -179,7 +183,7 @@ def cudnn(
             implementation="cudnn",
         )
 
-    return _on_each_device(local, head_spec(q), q, k, v)
+    return _on_each_device(local, head_spec(q), staged, q, k, v)
 
 
 def _tile(seq_len: int, most: int) -> int:
@@ -193,15 +197,10 @@ def _divisor(tile: int, most: int) -> int:
     return next(part for part in range(min(tile, most), 0, -LANES) if tile % part == 0)
 
 
-def _on_each_device(local, spec: PartitionSpec, q, k, v, *rows):
+def _on_each_device(local, spec: PartitionSpec, staged: bool, q, k, v, *rows):
     """Runs `local` on each device's own rows and heads: a kernel is opaque to the partitioner."""
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, *rows)
-    # check_vma=False: a kernel's outputs do not say over which axes they vary.
     row_spec = PartitionSpec(spec[0], None)
-    return jax.shard_map(
-        local,
-        in_specs=(spec, spec, spec, *(None if x is None else row_spec for x in rows)),
-        out_specs=spec,
-        check_vma=False,
-    )(q, k, v, *rows)
+    specs = (spec, spec, spec, *(None if x is None else row_spec for x in rows))
+    return shard_map(local, specs, spec, staged=staged)(q, k, v, *rows)

@@ -144,7 +144,7 @@ def run_stages(
     shared: Any,
     schedule: Schedule,
     rules: Rules,
-    remat: Callable[[T], T],
+    remat: Callable[[Callable], Callable],
 ) -> tuple[jax.Array, Any]:
     """Runs x, y = body(x, layer, x_of_layer, shared) through all layers, like `stack.run`.
 
@@ -300,6 +300,47 @@ def _take(a: jax.Array, index: jax.Array) -> jax.Array:
 
 def _spec(a: jax.Array) -> P:
     return jax.typeof(a).sharding.spec
+
+
+def shard_map(local: Callable, in_specs: Any, out_specs: Any, *, staged: bool) -> Callable:
+    """Returns `jax.shard_map(local, ...)`, which in a layer under `run_stages` is one of all axes.
+
+    There vmap alone would leave `pipeline` to the partitioner, and it gathers what a kernel reads
+    over all stages.
+
+    Args:
+        local: what each device computes of its own parts.
+        in_specs: of its arguments, as one layer on one microbatch has them.
+        out_specs: of its results, likewise.
+        staged: whether this is such a layer.
+    """
+    # check_vma=False: a kernel's outputs do not say over which axes they vary.
+    plain = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not staged:
+        return plain
+    call = jax.custom_batching.custom_vmap(plain)
+
+    @call.def_vmap
+    def over_stages(axis_size, in_batched, *args):
+        assert all(jax.tree.leaves(in_batched)), "every stage has its own operands"
+
+        def one(*args):
+            out = local(*jax.tree.map(lambda a: a[0], args))
+            return jax.tree.map(lambda a: a[None], out)
+
+        def add_stage(specs):
+            return jax.tree.map(lambda spec: P(AXIS, *spec), specs)
+
+        stages = jax.shard_map(
+            one,
+            in_specs=add_stage(in_specs),
+            out_specs=add_stage(out_specs),
+            axis_names=set(jax.sharding.get_abstract_mesh().axis_names),
+            check_vma=False,
+        )
+        return stages(*args), jax.tree.map(lambda _: True, out_specs)
+
+    return call
 
 
 def relayout(tree: Any, like: Any) -> Any:
