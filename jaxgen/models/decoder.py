@@ -9,19 +9,21 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import Backend
-from jaxgen.nn.block import Layer, Sight, Span
+from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
 from jaxgen.nn.moe import Dispatch
+from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.router import MoEConfig, RouterStats, RouterSums
 from jaxgen.nn.stack import Remat, gather, run, unstack
@@ -190,9 +192,11 @@ class ComputeConfig:
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
+    pipeline: Pipeline = Pipeline()
+    """How a batch goes through the stages of `mesh.pipeline`."""
     gather_once: Axes = None
-    """Mesh axes over which the layers' weights are gathered once a step, and their gradients reduced
-    once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    """Mesh axes over which the weights of layers are gathered once a step and their gradients reduced
+    once (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for
     the memory of all layers in the compute dtype."""
     expert_dispatch: Dispatch = "all_gather"
     """How tokens travel over mesh.expert: all to every device, whatever num_experts_per_tok is; or
@@ -239,9 +243,11 @@ class Decoder(nnx.Module):
         self.config, self.compute = config, compute or ComputeConfig()
         self.rules = rules or Rules()
         maker = Maker(key, self.rules)
+        repeats = self.schedule.repeats if self.schedule else 1
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer((maker / "layers").stacked(config.num_layers), config, self.compute)
+        layers = (maker / "layers").stacked(config.num_layers, repeats)
+        self.layers = Layer(layers, config, self.compute)
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )
@@ -253,19 +259,27 @@ class Decoder(nnx.Module):
         """Of matrix products and activations."""
         return jnp.dtype(self.compute.dtype)
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the pipeline on the mesh that is set, if it has one."""
+        return self.compute.pipeline.here(self.rules)
+
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        tokens: Int[Array, "*M B T"],
+        positions: Int[Array, "*M B T"],
+        segments: Int[Array, "*M B T"],
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Returns the normed hidden states, and the cache with these tokens written into it."""
+    ) -> tuple[Float[Array, "*M B T D"], KVCache | None]:
+        """Returns the normed hidden states, and the cache with these tokens written into it.
+
+        In a pipeline rows are cut in microbatches, and there is no cache.
+        """
         return self._hidden(tokens, positions, segments, cache)[:2]
 
     def _hidden(
         self, tokens, positions, segments, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterStats | None]:
+    ) -> tuple[Float[Array, "*M B T D"], KVCache | None, RouterStats | None]:
         """`hidden`, and what the routers did: stacked, from layers that are."""
         config, rules = self.config, self.rules.here()
         x = embed(self.embedding[...], tokens, rules, self.dtype)
@@ -275,22 +289,41 @@ class Decoder(nnx.Module):
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
             keys = Span(*(write(old, new) for old, new in zip(cache.span, queries, strict=True)))
-        turn = functools.partial(rotation, positions, config.head_dim)
-        global_rotation = turn(config.rope_theta, config.rope_scaling)
-        local_rotation = global_rotation
-        if config.rope_local_theta is not None:
-            local_rotation = turn(config.rope_local_theta)
-        sight = Sight(
-            queries, keys, global_rotation, local_rotation, None if cache is None else cache.used
-        )
 
-        def body(x, layer, per_layer):
+        def see(queries: Span, keys: Span) -> Sight:
+            turn = functools.partial(rotation, queries.positions, config.head_dim)
+            everywhere = local = turn(config.rope_theta, config.rope_scaling)
+            if config.rope_local_theta is not None:
+                local = turn(config.rope_local_theta)
+            return Sight(queries, keys, everywhere, local, None if cache is None else cache.used)
+
+        def one(x, layer, per_layer, sight):
             local, layer_cache = per_layer
             x = checkpoint_name(x, "layer_input")
             local = kinds[0] if len(set(kinds)) == 1 else local
             return gather(layer, rules, self.dtype)(x, sight, local, layer_cache)
 
         kinds = config.local_layers
+        if schedule := self.schedule:
+            if cache is not None:
+                raise UserError("a pipeline has no cache; decode on a mesh with pipeline=1")
+            xs = np.asarray(kinds)
+            kind_of = (lambda local: local) if schedule.alike(xs) else Mixed
+
+            def in_stage(x, layer, local, span):
+                # Angles are made here: outside they would be kept for every tick.
+                return one(x, layer, (kind_of(local), None), see(span, span))
+
+            remat = self.compute.remat.wrap
+            x, (_, stats) = run_stages(
+                self.layers, in_stage, x, xs, queries, schedule, rules, remat
+            )
+            return self.norm(x), None, stats
+        sight = see(queries, keys)
+
+        def body(x, layer, per_layer):
+            return one(x, layer, per_layer, sight)
+
         stacked = not isinstance(self.layers, nnx.List)
         local = jnp.asarray(kinds) if stacked else list(kinds)
         layer_caches = None if cache is None else cache.layers
@@ -309,7 +342,7 @@ class Decoder(nnx.Module):
         """Returns fp32 logits, split over the vocabulary."""
         rules = self.rules.here()
         head = self.head_table.astype(self.dtype)
-        head = jax.sharding.reshard(head, rules.gathered("vocab", "embed"))
+        head = reshard(head, rules.gathered("vocab", "embed"))
         hidden = enter(hidden, rules, "vocab")
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_soft_cap)
@@ -326,7 +359,11 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
         """Returns the logits at every position."""
-        return self.logits(self.hidden(tokens, positions, segments)[0])
+        rows = (tokens, positions, segments)
+        if schedule := self.schedule:
+            x, _ = self.hidden(*cut(rows, schedule.microbatches))
+            return self.logits(join(x))
+        return self.logits(self.hidden(*rows)[0])
 
     def loss_sums(
         self,
@@ -344,6 +381,9 @@ class Decoder(nnx.Module):
         third is what the routers did, or None; their losses, weighted, are in the first. They are
         formed from the totals of this batch over all devices, so they are the same on every mesh.
         """
+        if schedule := self.schedule:
+            rows = (tokens, targets, positions, segments, weights)
+            tokens, targets, positions, segments, weights = cut(rows, schedule.microbatches)
         x, _, stats = self._hidden(tokens, positions, segments)
         rules, soft_cap = self.rules.here(), self.config.logit_soft_cap
         objective, nll = cross_entropy(
@@ -365,6 +405,7 @@ class Decoder(nnx.Module):
         way = jnp.sign(jnp.mean(loads, axis=-1, keepdims=True) - loads)
         model = jax.tree.map(lambda leaf: leaf, self)
         bias = model.layers.mlp.bias
+        way = reshard(way.reshape(bias[...].shape), jax.typeof(bias[...]).sharding)
         bias[...] = bias[...] + self.config.moe.bias_update_rate * way
         return model
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.init import Maker, Precise
 from jaxgen.nn.layers import ACTIVATIONS, GatedMLP
+from jaxgen.nn.pipeline import shard_map
 from jaxgen.nn.router import RouterStats, route
 from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
@@ -75,12 +76,12 @@ class MoE(nnx.Module):
                 weight, tuple(a for a in mesh.axis_names if a in spec.reduced), to="varying"
             )
 
-        y, stats = jax.shard_map(
+        stats_specs = RouterStats(*[rules()] * len(RouterStats._fields))
+        y, stats = shard_map(
             device,
             in_specs=(stream_spec(rules), counted_spec, rules(None), *specs),
-            out_specs=(stream_spec(rules), rules()),
-            # All that are not manual yet, as `pipeline` is inside a pipeline.
-            axis_names=set(mesh.explicit_axes),
+            out_specs=(stream_spec(rules), stats_specs),
+            out=(x, RouterStats.shapes(self.config.num_experts)),
         )(
             x,
             reshard(counted, counted_spec),

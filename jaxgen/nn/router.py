@@ -4,6 +4,7 @@ n tokens, X experts per token, E experts, L layers.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -66,6 +67,15 @@ class RouterStats(NamedTuple):
     """Choices that found no room at their expert; 0 unless compute.expert_capacity is set."""
     tokens: Int[Array, "*L"]
     """Tokens routed."""
+
+    @classmethod
+    def shapes(cls, num_experts: int) -> "RouterStats":
+        """Returns the shapes and dtypes of one layer's."""
+        integer, real = (
+            functools.partial(jax.ShapeDtypeStruct, dtype=t) for t in (jnp.int32, jnp.float32)
+        )
+        each = (num_experts,)
+        return cls(integer(each), real(each), real(()), integer(()), integer(()))
 
 
 class RouterSums(NamedTuple):

@@ -195,7 +195,15 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     - Weights are whole over `fsdp` if that takes less than half of a device's memory: they are read
       for every token, and gathering them would take far longer than reading. Otherwise they stay
       split, and each layer is gathered when it runs.
+
+    Raises:
+        UserError: the mesh has pipeline stages, which would wait for each other at every token.
     """
+    if (stages := jax.sharding.get_abstract_mesh().shape.get("pipeline", 1)) > 1:
+        raise UserError(
+            f"mesh.pipeline={stages} cannot generate; use mesh.pipeline=1 and split over "
+            "mesh.tensor or mesh.fsdp"
+        )
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
     # One token at a time leaves no positions to split the residual stream over.

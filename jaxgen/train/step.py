@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.pipeline import cut
 from jaxgen.nn.router import RouterSums
 from jaxgen.train.optimizer import global_norm, learning_rate, make_optimizer
 
@@ -83,7 +83,7 @@ def train_step(
 
         none = moe and RouterSums.zeros(config.model.num_layers, moe.num_experts)
         zeros = (jax.tree.map(jnp.zeros_like, state.model), (jnp.zeros((), jnp.float32), none))
-        sums, _ = jax.lax.scan(accumulate, zeros, _micro_batches(batch, accum))
+        sums, _ = jax.lax.scan(accumulate, zeros, cut(batch, accum))
         grads, (loss, routed) = sums
 
     grad_norm = global_norm(grads)
@@ -147,14 +147,3 @@ def _directions(optimizer, grads, state: TrainState):
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.model, state.opt_state))
     update: Any = jax.sharding.auto_axes(update, out_sharding=specs)
     return update(grads, state.opt_state, state.model)
-
-
-def _micro_batches(batch: Any, num: int) -> Any:
-    """[B, T] -> [num, B / num, T], every micro-batch spread over all devices."""
-
-    def split(x: jax.Array) -> jax.Array:
-        spec = jax.typeof(x).sharding.spec
-        parts = x.reshape(x.shape[0] // num, num, *x.shape[1:])
-        return reshard(parts.swapaxes(0, 1), jax.sharding.PartitionSpec(None, *spec))
-
-    return jax.tree.map(split, batch)
