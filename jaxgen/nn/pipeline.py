@@ -359,7 +359,8 @@ def relayout(tree: Any, like: Any) -> Any:
                 lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
             )
         )
-        return reshape(x)
+        with jax.set_mesh(x.sharding.mesh):
+            return reshape(x)
 
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
     leaves = [move(x, target) for x, target in pairs]
