@@ -19,7 +19,6 @@ from jaxgen.errors import UserError
 from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.pipeline import relayout
 from jaxgen.sharding import make_mesh
 from jaxgen.train.evaluate import evaluate
 from jaxgen.train.program import (
@@ -28,6 +27,7 @@ from jaxgen.train.program import (
     compile_evaluation,
     compile_step,
     make_state,
+    relayout,
     stored_state,
 )
 from jaxgen.train.step import TrainState

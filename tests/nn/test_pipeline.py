@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
-from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, relayout, run_stages
+from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
 SCHEDULES = [
@@ -99,24 +99,6 @@ def test_join_is_the_inverse_of_cut():
         np.testing.assert_array_equal(join(parts), x)
 
 
-def test_relayout_changes_the_shape_and_not_the_order():
-    mesh = mesh_of(4)
-    with jax.set_mesh(mesh):
-        x = np.arange(16 * 3).reshape(16, 3)
-        stored = jax.device_put(x, P("pipeline"))
-        like = jax.ShapeDtypeStruct(
-            (2, 8, 3), x.dtype, sharding=jax.NamedSharding(mesh, P(None, "pipeline", None))
-        )
-        other = jnp.zeros(3)
-        tree = relayout({"layers": stored, "other": other}, {"layers": like, "other": other})
-    assert tree["layers"].sharding == like.sharding
-    np.testing.assert_array_equal(tree["layers"], x.reshape(2, 8, 3))
-    assert tree["other"] is other
-    back = relayout(tree, {"layers": stored, "other": other})
-    assert back["layers"].sharding.is_equivalent_to(stored.sharding, 2)
-    np.testing.assert_array_equal(back["layers"], x)
-
-
 def test_what_does_not_divide_is_refused_with_numbers_that_do():
     mesh, rules = mesh_of(4), Rules()
     with pytest.raises(UserError, match=r"=6 .* mesh\.pipeline=4 .*; use mesh\.pipeline=2 .*=1$"):
@@ -127,6 +109,8 @@ def test_what_does_not_divide_is_refused_with_numbers_that_do():
         Pipeline(num_microbatches=6).check(mesh, rules, num_layers=8)
     Pipeline(8, 2).check(mesh, rules, num_layers=8)
     Pipeline(3, 5).check(mesh_of(1), rules, num_layers=7)
+    with pytest.raises(UserError, match=r"rules\.layers=None leaves mesh\.pipeline=4"):
+        Pipeline().check(mesh, Rules(layers=None), num_layers=8)
     for bad in ({"num_microbatches": -1}, {"num_repeats": 0}):
         with pytest.raises(UserError, match=next(iter(bad))):
             Pipeline(**bad)

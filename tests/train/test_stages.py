@@ -28,7 +28,7 @@ from jaxgen.checkpoint.manager import CheckpointManager
 from jaxgen.config import CHECKPOINTS
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import ComputeConfig, Decoder
-from jaxgen.nn.pipeline import Pipeline, relayout
+from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.stack import Remat
 from jaxgen.plan.hlo import Program as Hlo
 from jaxgen.serve.generate import generate
@@ -42,6 +42,7 @@ from jaxgen.train.program import (
     batch_sharding,
     compile_evaluation,
     make_state,
+    relayout,
     stored_state,
 )
 
