@@ -138,7 +138,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, or experts, each with a residual around it, normed before, after, or both."""
+    """Attention and MLP (or experts), each with a residual around it and norms."""
 
     def __init__(self, maker: Maker, config: "DecoderConfig", compute: "ComputeConfig"):
         norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}

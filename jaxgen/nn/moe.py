@@ -8,7 +8,9 @@ B batch, T positions, D embed, F expert mlp, E experts, X experts per token; on 
 before they travel, N after, R rows sorted by expert, one for each token and local expert.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.init import Maker, Precise
@@ -63,34 +65,17 @@ class MoE(nnx.Module):
         """
         rules = self.rules.here()
         params = (self.router, self.gate, self.up, self.down)
-        specs = tuple(rules.gathered(*param.axes) for param in params)
-        counted_spec = rules("batch", "act_seq")
-        mesh = jax.sharding.get_abstract_mesh()
-
-        def device(x, counted, bias, *weights):
-            return self._device(rules, x, counted, bias, *map(vary, weights, specs))
-
-        def vary(weight, spec):
-            return lax.pcast(
-                weight, tuple(a for a in mesh.axis_names if a in spec.reduced), to="varying"
-            )
-
-        y, stats = jax.shard_map(
-            device,
-            in_specs=(stream_spec(rules), counted_spec, rules(None), *specs),
-            out_specs=(stream_spec(rules), rules()),
-            # All that are not manual yet, as `pipeline` is inside a pipeline.
-            axis_names=set(mesh.explicit_axes),
-        )(
-            x,
-            reshard(counted, counted_spec),
-            None if self.bias is None else self.bias[...],
-            *(param[...] for param in params),
-        )
+        weights = [own_copies(param[...], rules.gathered(*param.axes)) for param in params]
+        counted = reshard(counted, rules("batch", "act_seq"))
+        bias = None if self.bias is None else self.bias[...]
+        args = (x, counted, bias, *weights)
+        device = functools.partial(self._device, rules)
+        y, stats = on_each_device(device, (stream_spec(rules), rules()), *args)
         y = checkpoint_name(y, "mlp_out")
         return (y if self.shared is None else y + self.shared(x)), stats
 
-    def _device(self, rules: Rules, x_BTD, counted_BT, bias, router, *experts):
+    def _device(self, rules: Rules, x_BTD, counted_BT, bias, *weights):
+        router, *experts = (weight[0] for weight in weights)
         token_axes = logical_to_mesh(rules.batch) + logical_to_mesh(rules.act_seq)
         group = Group.of(rules, token_axes)
         x_nD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -170,12 +155,73 @@ class MoE(nnx.Module):
         token = source // local.shape[1]
         x_RD = spread(x, token, place)
         weights_R = spread(weights.reshape(-1), source, place.reshape(-1, 1))
-        gate_RF = checkpoint_name(lax.ragged_dot(x_RD, gate, sizes), "mlp_gate")
-        up_RF = checkpoint_name(lax.ragged_dot(x_RD, up, sizes), "mlp_up")
+        gate_RF = checkpoint_name(ragged_dot(x_RD, gate, sizes), "mlp_gate")
+        up_RF = checkpoint_name(ragged_dot(x_RD, up, sizes), "mlp_up")
         hidden_RF = ACTIVATIONS[self.activation](gate_RF) * up_RF
         # Weighted here and not after `down`, whose result the backward pass then has no use for.
         hidden_RF = (hidden_RF.astype(jnp.float32) * weights_R[:, None]).astype(x.dtype)
-        return collect(lax.ragged_dot(hidden_RF, down, sizes), token, place)
+        return collect(ragged_dot(hidden_RF, down, sizes), token, place)
+
+
+def on_each_device(local: Callable, out_specs: Any, *args: Any) -> Any:
+    """Returns local(*args) as a `shard_map` over all axes, also under a vmap over stages.
+
+    There `pipeline` would otherwise be left to the partitioner, which would batch `ragged_dot` and
+    the sorts over it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = jax.tree.map(lambda arg: jax.typeof(arg).sharding.spec, args)
+    plain = jax.shard_map(local, in_specs=specs, out_specs=out_specs)
+    if mesh.shape["pipeline"] == 1:
+        return plain(*args)
+    call = jax.custom_batching.custom_vmap(plain)
+
+    @call.def_vmap
+    def over_stages(axis_size, in_batched, *args):
+        assert all(jax.tree.leaves(in_batched)), "every stage has its own operands"
+
+        def one(*args):
+            out = local(*jax.tree.map(lambda arg: arg[0], args))
+            return jax.tree.map(lambda leaf: leaf[None], out)
+
+        specs = jax.tree.map(lambda arg: jax.typeof(arg).sharding.spec, args)
+        staged = jax.tree.map(lambda spec: PartitionSpec("pipeline", *spec), out_specs)
+        every = set(mesh.axis_names)
+        out = jax.shard_map(one, in_specs=specs, out_specs=staged, axis_names=every)(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def own_copies(weight: Float[Array, "*dims"], spec: PartitionSpec) -> Float[Array, "n *dims"]:
+    """Returns a gathered weight as one copy for each device along the axes it is `reduced` over.
+
+    So each device's gradient is its own, and their sum stays partial, as `spec` says. A shard_map
+    takes `reduced` arrays too, but not inside the stages of a pipeline (jax 0.10 and 0.12).
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), _axes(spec)
+    num = math.prod(mesh.shape[axis] for axis in axes or ())
+    weight = reshard(weight, PartitionSpec(*spec.partitions))
+    return jnp.broadcast_to(
+        weight[None], (num, *weight.shape), out_sharding=PartitionSpec(axes, *spec.partitions)
+    )
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...] | None:
+    """The axes of partial sums, in the order of the mesh."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(axis for axis in names if axis in spec.reduced) or None
+
+
+def _sum_of_copies(spec, _, dcopies):
+    partial = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    ones = jnp.ones(dcopies.shape[0], dcopies.dtype, out_sharding=PartitionSpec(_axes(spec)))
+    dims = "EDF"[: dcopies.ndim - 1]
+    return (jnp.einsum(f"n{dims},n->{dims}", dcopies, ones, out_sharding=partial),)
+
+
+own_copies.defvjp(lambda weight, spec: (own_copies(weight, spec), None), _sum_of_copies)
 
 
 class Group(NamedTuple):
@@ -207,6 +253,20 @@ class Group(NamedTuple):
         split = tuple(axis for axis in axes if axis in self.token_axes)
         y = lax.psum(y, whole) if whole else y
         return lax.psum_scatter(y, split, scatter_dimension=0, tiled=True) if split else y
+
+
+def ragged_dot(
+    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """Returns group i of x times w[i]; rows after the last group are unspecified.
+
+    TPUs do no work for other groups' weights or for those rows: v5p has a kernel for it, and on v5e
+    and v6e a convolution skips tiles, though its static count of FLOPs is E times as large (libtpu
+    0.0.52). CPUs multiply all rows by all experts.
+    """
+    dims = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    # Said, for in tracing what a vmap over stages will run this is not yet a device's own product.
+    return lax.ragged_dot_general(x, w, sizes, dims, out_sharding=PartitionSpec(None, None))
 
 
 def _counts(values: Int[Array, " n"], num: int) -> Int[Array, " num"]:
