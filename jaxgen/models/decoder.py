@@ -195,9 +195,9 @@ class ComputeConfig:
     pipeline: Pipeline = Pipeline()
     """How a batch goes through the stages of `mesh.pipeline`."""
     gather_once: Axes = None
-    """Mesh axes over which the weights of layers are gathered once a step and their gradients reduced
-    once (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for
-    the memory of all layers in the compute dtype."""
+    """Mesh axes over which the layers' weights are gathered, and their gradients reduced, once in a
+    step (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for the memory of
+    all layers in the compute dtype."""
     expert_dispatch: Dispatch = "all_gather"
     """How tokens travel over mesh.expert: all to every device, whatever num_experts_per_tok is; or
     all_to_all, to the devices of their experts alone, which pays with a capacity."""

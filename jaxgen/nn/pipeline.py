@@ -38,7 +38,7 @@ from jaxgen.sharding import Rules, logical_to_mesh
 AXIS = "pipeline"
 T = TypeVar("T")
 
-# Whether what is traced now is a layer under `run_stages`.
+# Whether what is traced now is under `each_stage`.
 _in_stage = contextvars.ContextVar("in_stage", default=False)
 
 
@@ -193,17 +193,13 @@ def run_stages(
     one_layer = remat(body)
 
     def stage(x, layers, xs, shared):
-        before = _in_stage.set(True)
-        try:
-            return lax.scan(lambda x, layer: one_layer(x, *layer, shared), x, (layers, xs))
-        finally:
-            _in_stage.reset(before)
+        return lax.scan(lambda x, layer: one_layer(x, *layer, shared), x, (layers, xs))
 
     def work(tick, x, layers, xs, shared):
         if repeats > 1:
             layers, xs = own_layers(tick, layers, xs)
         shared = _own(tick, shared, schedule, "microbatch")
-        return jax.vmap(stage, in_axes=(0, 0, None if alike else 0, 0))(x, layers, xs, shared)
+        return each_stage(stage, (0, 0, None if alike else 0, 0))(x, layers, xs, shared)
 
     # Once more around all: else the layers of a repeat would be kept for every tick.
     work = remat(work)
@@ -318,10 +314,23 @@ def _spec(a: jax.Array) -> P:
     return jax.typeof(a).sharding.spec
 
 
+def each_stage(stage: Callable, in_axes: Any = 0) -> Callable:
+    """Returns `jax.vmap(stage)` over a dimension that is split over `pipeline`."""
+
+    def traced(*args):
+        before = _in_stage.set(True)
+        try:
+            return stage(*args)
+        finally:
+            _in_stage.reset(before)
+
+    return jax.vmap(traced, in_axes)
+
+
 def shard_map(
     local: Callable, in_specs: Any, out_specs: Any, out: Any, *, check_vma: bool = True
 ) -> Callable:
-    """Returns `jax.shard_map(local, ...)`, which in a layer under `run_stages` is one of all axes.
+    """Returns `jax.shard_map(local, ...)`, which under `each_stage` is one of all axes.
 
     There vmap alone would leave `pipeline` to the partitioner, and it gathers what a kernel reads
     over all stages.
