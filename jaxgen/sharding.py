@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +19,7 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("pipeline", "context", "expert")
+UNSUPPORTED_AXES = ("pipeline", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MeshConfig:
     pipeline: int = 1
     """Stages of layers. Not supported yet: must be 1."""
     context: int = 1
-    """Shards of the sequence. Not supported yet: must be 1."""
+    """Shards of every sequence, for those too long for one device."""
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
@@ -273,6 +274,22 @@ class Rules:
                     else (f"use {way}, or rules.{name}=None to replicate it")
                 )
                 raise UserError(f"{field}={size} is not divisible by {given}; {advice}")
+
+
+def zigzag(seq_len: int, shards: int) -> np.ndarray:
+    """Returns the natural place of each token of a row as it is stored on devices.
+
+    A row split over C shards is cut in 2C chunks, and shard c holds chunks c and 2C - 1 - c: in
+    causal attention, where late tokens see more than early ones, all have equally much to do.
+
+    Args:
+        seq_len: tokens of a row, a multiple of 2C.
+        shards: C; with 1 the order is the natural one.
+    """
+    if shards == 1:
+        return np.arange(seq_len)
+    early, late = np.split(np.arange(seq_len).reshape(2 * shards, -1), 2)
+    return np.stack([early, late[::-1]], axis=1).reshape(-1)
 
 
 def logical_to_mesh(axes: Axes) -> tuple[str, ...]:
