@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
-from jaxgen.nn.attention import Backend
+from jaxgen.nn.attention import Backend, ContextMethod
 from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
@@ -190,6 +190,9 @@ class ComputeConfig:
     """Of matrix products and activations; parameters are stored in float32."""
     attention: Backend = "auto"
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
+    context_attention: ContextMethod = "ring"
+    """How a sequence split over `context` attends: ring passes keys and values on from device to
+    device while each computes, all_gather collects them first."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
     pipeline: Pipeline = Pipeline()
@@ -226,6 +229,9 @@ class KVCache(NamedTuple):
 
 class Decoder(nnx.Module):
     """A decoder-only transformer. Call it for logits; train on `loss_sums`; decode with a cache.
+
+    Where the mesh splits sequences, all [B, T] arrays, and so logits, are in zigzag order
+    (`sharding.zigzag`), in which the loader places them.
 
     Parameters are fp32, with the layers stacked along a leading dimension in which `lax.scan` runs.
     Make it inside `jax.set_mesh(mesh)`; under `jax.jit`, parameters are drawn right into their
