@@ -19,6 +19,8 @@ ALLOWED = {
     "errors": set(),
     "fields": {"errors"},
     "sharding": {"errors"},
+    "tables": set(),
+    "collectives": BASE | {"tables"},
     "compiler": BASE,
     "distributed": BASE,
     "metrics": BASE | {"distributed", "metric_files"},
