@@ -329,6 +329,13 @@ def _collectives_config() -> Any:
     return CollectivesConfig()
 
 
+def _doctor(args: argparse.Namespace, config: Any) -> int:
+    _start()
+    from jaxgen.doctor import examine
+
+    return 0 if examine() else 1
+
+
 SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
@@ -344,6 +351,9 @@ COMMANDS = {
         CONFIG,
         ("--min-bytes", "--max-bytes", "--dtype", "--iterations", "--json"),
         _collectives_config,
+    ),
+    "doctor": Command(
+        "Checks kernels, collectives and meshes on these devices.", _doctor, "", (), lambda: None
     ),
 }
 

@@ -29,6 +29,8 @@ ICI_LINK_BYTES_PER_S = {
     "TPU7x": 90e9,
 }
 SWEEP_FACTOR = 4
+# Elements of each of the n chunks of a part when a result is checked.
+CHECKED_CHUNK = 4
 # Where bandwidth has stopped growing; a simulated device has to copy it all through one memory.
 MAX_BYTES, MAX_BYTES_ON_CPU = 2**26, 2**22
 
@@ -139,29 +141,28 @@ def on_mesh(collective: Collective, axis: str, mesh: Mesh) -> jax.stages.Wrapped
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
-def count_wrong(collective: Collective, axis: str, mesh: Mesh, size: int = 4) -> int:
-    """Runs the collective on small integers; returns how many elements are wrong in this process.
+def count_wrong(collective: Collective, axis: str, mesh: Mesh) -> tuple[int, float]:
+    """Runs the collective on small integers.
 
-    Args:
-        collective: what to run.
-        axis: of the mesh.
-        mesh: the devices.
-        size: elements of each of the n chunks that a part falls into.
+    Returns:
+        How many elements are wrong on the devices of this process, and the seconds of a second run.
     """
-    shape = (*mesh.devices.shape, mesh.shape[axis] * size)
+    shape = (*mesh.devices.shape, mesh.shape[axis] * CHECKED_CHUNK)
     # Integers whose sums over a million devices are exact in fp32.
     parts = np.random.default_rng(0).integers(0, 16, shape).astype(np.float32)
     index = mesh.axis_names.index(axis)
     expected = np.moveaxis(collective.expected(np.moveaxis(parts, index, 0)), 0, index)
     sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
     given = jax.make_array_from_callback(shape, sharding, lambda at: parts[at])
-    got = on_mesh(collective, axis, mesh)(given)
+    call = on_mesh(collective, axis, mesh)
+    got = jax.block_until_ready(call(given))
+    begin = time.perf_counter()
+    jax.block_until_ready(call(given))
+    seconds = time.perf_counter() - begin
     if got.shape != expected.shape:
-        return expected.size
-    return sum(
-        int(np.sum(np.asarray(shard.data) != expected[shard.index]))
-        for shard in got.addressable_shards
-    )
+        return expected.size, seconds
+    shards = [(np.asarray(shard.data), expected[shard.index]) for shard in got.addressable_shards]
+    return sum(int(np.sum(mine != right)) for mine, right in shards), seconds
 
 
 def bench_collectives(

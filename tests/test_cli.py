@@ -57,6 +57,7 @@ def run_python(*args):
         (["train", TINY, "extra"], "unrecognized arguments: extra; see jaxgen train --help"),
         (["train", TINY, "--devices", "x"], "argument --devices: invalid int value: 'x'"),
         (["train", TINY, "--devices", "0"], "--devices 0; use a positive number of devices"),
+        (["doctor", "--mesh.fsdp", "4"], "no field --mesh.fsdp"),
         (["bench", "collectives", "--mesh.dta", "4"], "no field --mesh.dta; did you mean --mesh.d"),
         (["bench", "collectives", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["generate", "runs/none", "--prompt", "x"], "runs/none"),

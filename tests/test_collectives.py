@@ -40,7 +40,7 @@ MESHES = [
 @pytest.mark.parametrize("name", COLLECTIVES)
 @pytest.mark.parametrize(("sizes", "axis"), MESHES)
 def test_computes_its_definition(name, sizes, axis):
-    assert count_wrong(COLLECTIVES[name], axis, mesh_of(**sizes)) == 0
+    assert count_wrong(COLLECTIVES[name], axis, mesh_of(**sizes))[0] == 0
 
 
 # What two devices with [1, 2] and [30, 40] end with.
@@ -67,8 +67,8 @@ def test_what_is_wrong_is_counted(name):
     """A collective over the other axis, and one that does nothing."""
     mesh, right = mesh_of(data=2, tensor=2), COLLECTIVES[name]
     other = dataclasses.replace(right, call=lambda x, axis: right.call(x, "tensor"))
-    assert count_wrong(other, "data", mesh) > 0
-    assert count_wrong(dataclasses.replace(right, call=lambda x, axis: x), "data", mesh) > 0
+    assert count_wrong(other, "data", mesh)[0] > 0
+    assert count_wrong(dataclasses.replace(right, call=lambda x, axis: x), "data", mesh)[0] > 0
 
 
 def test_every_device_has_a_result_of_its_own():
@@ -182,7 +182,9 @@ def test_two_processes_of_two_devices_each():
         from jaxgen.sharding import MeshConfig, make_mesh
         mesh = make_mesh(MeshConfig(data=2, fsdp=2))
         wrong = [
-            count_wrong(op, axis, mesh) for op in COLLECTIVES.values() for axis in ("data", "fsdp")
+            count_wrong(op, axis, mesh)[0]
+            for op in COLLECTIVES.values()
+            for axis in ("data", "fsdp")
         ]
         rows = bench_collectives(mesh, max_bytes=2**16, iterations=30)["rows"]
         print(sum(wrong), len(rows))
