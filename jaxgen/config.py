@@ -64,7 +64,7 @@ class TrainConfig:
         Raises:
             UserError: the first pair that disagrees, with both values and a way out.
         """
-        train, model, rules = self.train, self.model, self.rules
+        train, model, rules = self.train, self.model, self.rules.on(mesh)
         model.check_mesh(mesh, rules)
         if train.seq_len > model.max_seq_len:
             raise UserError(

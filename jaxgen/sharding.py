@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 UNSUPPORTED_AXES = ("pipeline", "context", "expert")
 
 
@@ -125,36 +125,28 @@ Axes = str | tuple[str, ...] | None
 class Rules:
     """Which mesh axes split each logical axis. The fields are the closed set of logical axes."""
 
-    # Parameters.
     vocab: Axes = "tensor"
-    """Rows of the embedding table and of the output layer."""
-    embed: Axes = "fsdp"
-    """The residual width of every parameter."""
+    """Rows of the embedding table and of the output layer, and logits."""
+    embed: Axes = ("fsdp", "context", "expert")
+    """The residual width of every parameter but the experts'."""
+    expert_embed: Axes = ("fsdp", "context")
+    """The residual width of the experts' parameters."""
     heads: Axes = "tensor"
-    """Query heads of the attention projections."""
+    """Query heads, of the attention's parameters and of activations."""
     kv_heads: Axes = "tensor"
-    """Key and value heads of the attention projections."""
-    head_dim: Axes = None
-    """Width of one head."""
+    """Key and value heads, likewise."""
     mlp: Axes = "tensor"
-    """Width of the MLP."""
+    """Width of the MLP, likewise."""
     expert: Axes = "expert"
     """Experts."""
     layers: Axes = None
     """Stacked layers."""
-    # Activations.
     batch: Axes = BATCH_AXES
     """Rows of a batch."""
-    seq: Axes = None
-    """Positions of a row."""
-    act_embed: Axes = None
-    """Residual width of activations."""
-    act_heads: Axes = "tensor"
-    """Heads of activations."""
-    act_mlp: Axes = "tensor"
-    """MLP width of activations."""
-    act_vocab: Axes = "tensor"
-    """Vocabulary of logits."""
+    seq: Axes = "context"
+    """Positions of a row, in a batch and inside attention and MLP."""
+    act_seq: Axes = ("context", "tensor")
+    """Positions of the residual stream between the blocks; equal to seq, it is whole there."""
 
     def __post_init__(self):
         for name, axes in self.items():
@@ -163,6 +155,26 @@ class Rules:
                     raise UserError(
                         f"rules.{name}={axes!r}: no mesh axis {axis!r}; use {', '.join(AXES)}"
                     )
+
+    def on(self, mesh: Mesh | AbstractMesh) -> "Rules":
+        """Returns these rules without the mesh axes of one device, which split nothing.
+
+        An axis in a sharding is part of the array's type even where it has one device, and one axis
+        may not stand twice in it; so what shards arrays asks the rules of the mesh it runs on.
+        """
+        left = {}
+        for name, axes in self.items():
+            split = tuple(axis for axis in logical_to_mesh(axes) if mesh.shape[axis] > 1)
+            left[name] = split if len(split) > 1 else split[0] if split else None
+        return dataclasses.replace(self, **left)
+
+    def here(self) -> "Rules":
+        """Returns these rules on the mesh that is set; without one, as they are.
+
+        Modules keep the rules of the config, so that a model is the same pytree on every mesh.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        return self if mesh.empty else self.on(mesh)
 
     def items(self) -> list[tuple[str, Axes]]:
         """Every (logical axis, mesh axes) pair."""
@@ -194,12 +206,15 @@ class Rules:
         return PartitionSpec(*spec)
 
     def gathered(self, *names: str | None) -> PartitionSpec:
-        """Returns the spec of a parameter as it is computed with: whole over all batch axes.
+        """Returns the spec of a parameter as it is computed with: whole over all axes of tokens.
 
         `reduced` says that every device holds the same value along those axes and that the gradient
-        stays a partial sum there until it reaches the stored parameter.
+        stays a partial sum there until it reaches the stored parameter. Experts stay where they
+        are: tokens come to them.
         """
-        split = logical_to_mesh(self.batch) + logical_to_mesh(self.seq)
+        kept = logical_to_mesh(self.expert) if "expert" in names else ()
+        tokens = logical_to_mesh(self.batch) + logical_to_mesh(self.seq)
+        split = [axis for axis in tokens if axis not in kept]
         spec = []
         for axes in self(*names):
             left = tuple(axis for axis in logical_to_mesh(axes) if axis not in split)
@@ -223,7 +238,7 @@ class Rules:
         for name, (field, size) in sizes.items():
             parts = self.shards(name, mesh)
             if size % parts:
-                axes = logical_to_mesh(getattr(self, name))
+                axes = [a for a in logical_to_mesh(getattr(self, name)) if mesh.shape[a] > 1]
                 given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
                 way = (
                     f"{given.split('=')[0]}={math.gcd(size, parts)}"

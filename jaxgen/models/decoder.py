@@ -23,6 +23,7 @@ from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.stack import Remat, gather, run, unstack
+from jaxgen.nn.stream import enter
 from jaxgen.sharding import Rules
 
 
@@ -142,7 +143,6 @@ class DecoderConfig:
             "embed": ("model.embed_dim", self.embed_dim),
             "heads": ("model.num_heads", self.num_heads),
             "kv_heads": ("model.num_kv_heads", self.num_kv_heads),
-            "head_dim": ("model.head_dim", self.head_dim),
             "mlp": ("model.mlp_dim", self.mlp_dim),
             "layers": ("model.num_layers", self.num_layers),
         }
@@ -193,9 +193,7 @@ class Decoder(nnx.Module):
         maker = Maker(key, self.rules)
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer(
-            (maker / "layers").stacked(config.num_layers), config, self.compute.attention
-        )
+        self.layers = Layer((maker / "layers").stacked(config.num_layers), config, self.compute)
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )
@@ -215,7 +213,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns the normed hidden states, and the cache with these tokens written into it."""
-        config, rules = self.config, self.rules
+        config, rules = self.config, self.rules.here()
         x = embed(self.embedding[...], tokens, rules, self.dtype)
         if config.embed_scale is not None:
             x *= jnp.asarray(config.embed_scale, self.dtype)
@@ -251,12 +249,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns fp32 logits, split over the vocabulary."""
+        rules = self.rules.here()
         head = self.head_table.astype(self.dtype)
-        head = jax.sharding.reshard(head, self.rules.gathered("vocab", "embed"))
-        out = self.rules("batch", "seq", "act_vocab")
-        logits = jnp.einsum(
-            "BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32, out_sharding=out
-        )
+        head = jax.sharding.reshard(head, rules.gathered("vocab", "embed"))
+        hidden = enter(hidden, rules, "vocab")
+        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_soft_cap)
 
     @property
@@ -288,9 +285,8 @@ class Decoder(nnx.Module):
         Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient.
         """
         x, _ = self.hidden(tokens, positions, segments)
-        return cross_entropy(
-            x, self.head_table, targets, weights, self.rules, z_loss, self.config.logit_soft_cap
-        )
+        rules, soft_cap = self.rules.here(), self.config.logit_soft_cap
+        return cross_entropy(x, self.head_table, targets, weights, rules, z_loss, soft_cap)
 
     def unstacked(self) -> "Decoder":
         """Returns the same model with its layers as a list, for decoding."""

@@ -11,14 +11,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.nn.attention import Backend, attend
+from jaxgen.nn.attention import attend
 from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import GatedMLP, RMSNorm, product
 from jaxgen.nn.rope import rotate
+from jaxgen.nn.stream import enter, leave, partial_sums
 
 if TYPE_CHECKING:
-    from jaxgen.models.decoder import DecoderConfig
+    from jaxgen.models.decoder import ComputeConfig, DecoderConfig
 
 Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 
@@ -50,17 +51,17 @@ class Attention(nnx.Module):
     Source: Ainslie et al. 2023, arXiv:2305.13245.
     """
 
-    def __init__(self, maker: Maker, config: "DecoderConfig", backend: Backend):
-        self.rules, self.config, self.backend = maker.rules, config, backend
+    def __init__(self, maker: Maker, config: "DecoderConfig", compute: "ComputeConfig"):
+        self.rules, self.config, self.compute = maker.rules, config, compute
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = maker.normal("q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D)
-        self.k = maker.normal("k", (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
-        self.v = maker.normal("v", (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
-        self.o = maker.normal("o", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H)
+        self.q = maker.normal("q", (D, N, H), ("embed", "heads", None), fan_in=D)
+        self.k = maker.normal("k", (D, K, H), ("embed", "kv_heads", None), fan_in=D)
+        self.v = maker.normal("v", (D, K, H), ("embed", "kv_heads", None), fan_in=D)
+        self.o = maker.normal("o", (N, H, D), ("heads", None, "embed"), fan_in=N * H)
         if config.qkv_bias:
-            self.q_bias = maker.full((N, H), ("heads", "head_dim"), 0.0)
-            self.k_bias = maker.full((K, H), ("kv_heads", "head_dim"), 0.0)
-            self.v_bias = maker.full((K, H), ("kv_heads", "head_dim"), 0.0)
+            self.q_bias = maker.full((N, H), ("heads", None), 0.0)
+            self.k_bias = maker.full((K, H), ("kv_heads", None), 0.0)
+            self.v_bias = maker.full((K, H), ("kv_heads", None), 0.0)
         if config.qk_norm:
             norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
             self.q_norm = RMSNorm(maker, H, **norm)
@@ -78,9 +79,14 @@ class Attention(nnx.Module):
         `local` layers see `config.sliding_window` tokens back; it is traced where layers are
         scanned.
         """
-        q = product("BTD,DNH->BTNH", x, self.q[...])
-        k = product("BTD,DKH->BTKH", x, self.k[...])
-        v = product("BTD,DKH->BTKH", x, self.v[...])
+        rules = self.rules.here()
+        x_q = x_kv = enter(x, rules, "heads")
+        if rules.kv_heads != rules.heads:
+            # Every device computes the same keys and values, so their gradient is no partial sum.
+            x_kv = enter(x, rules, None)
+        q = product("BTD,DNH->BTNH", x_q, self.q[...])
+        k = product("BTD,DKH->BTKH", x_kv, self.k[...])
+        v = product("BTD,DKH->BTKH", x_kv, self.v[...])
         if self.config.qkv_bias:
             q += self.q_bias[...][None, None]
             k += self.k_bias[...][None, None]
@@ -99,9 +105,9 @@ class Attention(nnx.Module):
         see = functools.partial(self._see, q, k, v, sight, cache)
         seen, cache = self._by_kind(local, see)
         seen = checkpoint_name(seen, "attention")
-        out = self.rules("batch", "seq", "act_embed")
         # h, not H: einsum contracts letters in sorted order, and H before N transposes the weight.
-        y = product("BTNh,NhD->BTD", seen, self.o[...], out)
+        y = product("BTNh,NhD->BTD", seen, self.o[...], partial_sums(rules, "heads"))
+        y = leave(y, rules)
         return checkpoint_name(y, "attention_out"), cache
 
     def _see(self, q, k, v, sight: Sight, cache: LayerCache | None, is_local: bool):
@@ -117,7 +123,7 @@ class Attention(nnx.Module):
             "scale": config.attention_scale,
         }
         if cache is None:
-            return attend(q, k, v, **who, in_order=True, backend=self.backend), None
+            return attend(q, k, v, **who, in_order=True, backend=self.compute.attention), None
         assert sight.slot is not None
         return attend_cached(q, k, v, cache, sight.slot, **who)
 
@@ -132,11 +138,11 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each with a residual around it, normed before, after, or both."""
 
-    def __init__(self, maker: Maker, config: "DecoderConfig", backend: Backend):
+    def __init__(self, maker: Maker, config: "DecoderConfig", compute: "ComputeConfig"):
         norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
         D = config.embed_dim
         self.pre, self.post = config.norms != "post", config.norms != "pre"
-        self.attention = Attention(maker / "attention", config, backend)
+        self.attention = Attention(maker / "attention", config, compute)
         self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
         if self.pre:
             self.attention_norm = RMSNorm(maker, D, **norm)

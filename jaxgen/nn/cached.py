@@ -43,7 +43,7 @@ class LayerCache(NamedTuple):
         # Where query heads are split otherwise than kv heads, each has a copy of its kv head.
         per_row = num_kv_heads if rules.kv_heads == rules.heads else num_heads
         axes = logical_to_mesh(rules.batch) + logical_to_mesh(rules.heads)
-        shape, spec = (batch * per_row, slots, head_dim), PartitionSpec(axes, None, None)
+        shape, spec = (batch * per_row, slots, head_dim), PartitionSpec(axes or None, None, None)
         return cls(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
 

@@ -10,8 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
+from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
 # 512 tokens by a vocabulary of 128k are 260 MB of fp32 logits, and enough rows for a full MXU.
@@ -33,7 +36,8 @@ def cross_entropy(
     objective = nll + z_loss * logsumexp(logits)^2, in nats. Only the objective has a gradient.
     Logits are products in x's dtype accumulated in fp32. `head` is stored in fp32 and split over
     `vocab` and `embed`; it is gathered over `embed` once, in x's dtype, and its gradient is reduced
-    once. The vocabulary stays split: a chunk exchanges three numbers a token.
+    once. The vocabulary stays split: a chunk exchanges three numbers a token. Where the stream is
+    split over the axes of the vocabulary it is gathered over them, and dx is scattered.
 
     Source: z-loss: PaLM, arXiv:2204.02311, section 5.
     """
@@ -58,18 +62,18 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
 
     Returns the two sums, and the gradients of x and head, or () where they are not asked for.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-
-    def split_over(axes):
-        # A collective over one device would still copy.
-        return tuple(axis for axis in logical_to_mesh(axes) if sizes[axis] > 1)
-
-    batch_axes = split_over(rules.batch) + split_over(rules.seq)
-    vocab_axes, embed_axes = split_over(rules.vocab), split_over(rules.embed)
+    vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
+    stream_axes = logical_to_mesh(rules.act_seq)
+    gathered = tuple(axis for axis in stream_axes if axis in vocab_axes)
+    seq_axes = tuple(axis for axis in stream_axes if axis not in gathered)
+    summed = tuple(axis for axis in vocab_axes if axis not in gathered)
+    batch_axes = logical_to_mesh(rules.batch) + seq_axes
     rest = tuple(axis for axis in batch_axes if axis not in embed_axes)
 
     def device(x, head, targets, weights):
         head = head.astype(x.dtype)
+        if gathered:
+            x = lax.all_gather(x, gathered, axis=1, tiled=True)
         whole = lax.all_gather(head, embed_axes, axis=1, tiled=True) if embed_axes else head
         sums, *gradients = _local(
             x.reshape(-1, x.shape[-1]),
@@ -85,25 +89,33 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
         if not with_gradient:
             return sums, ()
         dx, dhead = gradients
+        dx = dx.reshape(x.shape)
+        if gathered:
+            dx = lax.psum_scatter(dx, gathered, scatter_dimension=1, tiled=True)
+        dx = lax.psum(dx, summed) if summed else dx
         # Reduced in the dtype of the products, like every other weight's gradient.
         dhead = dhead.astype(x.dtype)
         if embed_axes:
             dhead = lax.psum_scatter(dhead, embed_axes, scatter_dimension=0, tiled=True)
         dhead = lax.psum(dhead, rest).astype(jnp.float32).T
-        return sums, (dx.reshape(x.shape), dhead)
+        return sums, (dx, dhead)
 
     scalar = rules()
-    x_spec, head_spec = rules("batch", "seq", "act_embed"), rules("vocab", "embed")
+    x_spec, head_spec = stream_spec(rules), rules("vocab", "embed")
     out_specs = ((scalar, scalar), (x_spec, head_spec) if with_gradient else ())
-    tokens = rules("batch", "seq")
+    tokens = P(rules.batch, seq_axes or None)
     # check_vma=False: gradients are formed by hand here, so there is no transpose to get right.
+    targets, weights = reshard(targets, tokens), reshard(weights, tokens)
     return jax.shard_map(
         device, in_specs=(x_spec, head_spec, tokens, tokens), out_specs=out_specs, check_vma=False
     )(x, head, targets, weights)
 
 
 def _local(x, head, targets, weights, vocab_axes, z_loss, soft_cap, with_gradient):
-    """Loss sums and, if asked, the gradients of x [n, D] and, in fp32, of head, as [D, V]."""
+    """Loss sums and, if asked, the gradients of x [n, D] and, in fp32, of head, as [D, V].
+
+    That of x is this part of the vocabulary's alone.
+    """
     num_tokens, dim = x.shape
     chunk = min(CHUNK_TOKENS, num_tokens)
     pad = -num_tokens % chunk
@@ -142,7 +154,7 @@ def _local(x, head, targets, weights, vocab_axes, z_loss, soft_cap, with_gradien
         # where both operands are read backwards.
         x_t = lax.optimization_barrier(x.T)
         dhead += jnp.einsum("Dn,nV->DV", x_t, dlogits, preferred_element_type=jnp.float32)
-        return ((objective, nll), dhead), over_vocab(lax.psum, dx.astype(x.dtype))
+        return ((objective, nll), dhead), dx.astype(x.dtype)
 
     zero = jnp.zeros((), jnp.float32)
     dhead = jnp.zeros(head.shape[::-1] if with_gradient else (), jnp.float32)

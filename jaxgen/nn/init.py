@@ -62,9 +62,10 @@ class Maker:
         return Elementwise(jnp.full(shape, value, jnp.float32, out_sharding=spec), axes=tuple(axes))
 
     def _place(self, shape, axes) -> tuple[tuple[int, ...], PartitionSpec]:
+        rules = self.rules.here()
         if self.num_layers is None:
-            return tuple(shape), self.rules(*axes)
-        return (self.num_layers, *shape), self.rules("layers", *axes)
+            return tuple(shape), rules(*axes)
+        return (self.num_layers, *shape), rules("layers", *axes)
 
 
 def truncated_normal(

@@ -12,10 +12,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Maker
+from jaxgen.nn.stream import enter, leave, partial_sums, stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,7 +37,8 @@ def product(formula: str, x: jax.Array, w: jax.Array, out: P | None = None) -> j
     Args:
         formula: as "BTD,DF->BTF": x, then the weight.
         x: activations.
-        w: a weight; where it is `reduced`, its gradient is left as a partial sum over those axes.
+        w: a weight. Where it or x is `reduced`, its gradient is left as a partial sum over those
+            axes.
         out: the result's sharding, where the contraction runs over a sharded dimension.
     """
     return jnp.einsum(formula, x, w, out_sharding=out)
@@ -49,7 +52,9 @@ def _product_backward(formula, out, operands, dy):
     x, w = operands
     inputs, y_dims = formula.split("->")
     x_dims, w_dims = inputs.split(",")
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=jax.typeof(x).sharding.spec)
+    spec = jax.typeof(x).sharding.spec
+    partial = P(*spec.partitions, unreduced=spec.reduced)
+    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=partial)
     spec = jax.typeof(w).sharding.spec
     partial = P(*spec.partitions, unreduced=spec.reduced)
     if x.size <= dy.size or mesh_device().platform != "cpu":
@@ -102,13 +107,14 @@ class GatedMLP(nnx.Module):
         self.down = maker.normal("down", (mlp_dim, embed_dim), ("mlp", "embed"), fan_in=mlp_dim)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Applies the MLP; the contraction over `mlp` is a reduction over its mesh axis."""
-
+        """Applies the MLP to the residual stream; the sum over `mlp` is added up on leaving."""
+        rules = self.rules.here()
+        x = enter(x, rules, "mlp")
         gate = checkpoint_name(product("BTD,DF->BTF", x, self.gate[...]), "mlp_gate")
         up = checkpoint_name(product("BTD,DF->BTF", x, self.up[...]), "mlp_up")
         hidden = ACTIVATIONS[self.activation](gate) * up
-        out = self.rules("batch", "seq", "act_embed")
-        y = product("BTF,FD->BTD", hidden, self.down[...], out)
+        out = partial_sums(rules, "mlp")
+        y = leave(product("BTF,FD->BTD", hidden, self.down[...], out), rules)
         return checkpoint_name(y, "mlp_out")
 
 
@@ -117,29 +123,36 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """Looks tokens up in a table split over both its dimensions, without gathering the table.
 
-    Each device looks up the rows of all its `fsdp` neighbours in its own columns, and an all-to-all
-    returns whole vectors to whoever owns the row: activations travel instead of the table (for
-    Llama 3 8B on 16 chips 32 MB instead of 1 GB), and the table's gradient needs no reduction over
-    `fsdp`. The vocabulary is split too: a device answers zero for tokens that are not its own.
+    Each device looks up the tokens of all its neighbours along the axes of `embed` in its own
+    columns, and all-to-alls return whole vectors to whoever owns the tokens: activations travel
+    instead of the table (for Llama 3 8B on 16 chips 32 MB instead of 1 GB), and the table's
+    gradient needs no reduction over those axes. The vocabulary is split too: a device answers zero
+    for tokens that are not its own, and the sum is scattered into the residual stream.
     """
-    vocab_axes = logical_to_mesh(rules.vocab)
-    embed_axes = logical_to_mesh(rules.embed)
+    vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
+    seq_axes, stream_axes = logical_to_mesh(rules.seq), logical_to_mesh(rules.act_seq)
+    scattered = tuple(axis for axis in stream_axes if axis in vocab_axes)
+    summed = tuple(axis for axis in vocab_axes if axis not in scattered)
 
     def lookup(table, tokens):
-        tokens = lax.all_gather(tokens, embed_axes, axis=0, tiled=True) if embed_axes else tokens
+        for axis in embed_axes:
+            tokens = lax.all_gather(tokens, axis, axis=int(axis in seq_axes), tiled=True)
         local = tokens - (lax.axis_index(vocab_axes) * table.shape[0] if vocab_axes else 0)
         mine = (local >= 0) & (local < table.shape[0])
         # The gradient of this lookup adds up in the table's own fp32.
         x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0).astype(dtype)
-        if embed_axes:
-            x = lax.all_to_all(x, embed_axes, split_axis=0, concat_axis=2, tiled=True)
-        return lax.psum(x, vocab_axes) if vocab_axes else x
+        for axis in reversed(embed_axes):
+            x = lax.all_to_all(x, axis, int(axis in seq_axes), 2, tiled=True)
+        if scattered:
+            x = lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
+        return lax.psum(x, summed) if summed else x
 
-    return jax.shard_map(
+    found = jax.shard_map(
         lookup,
         in_specs=(rules("vocab", "embed"), rules("batch", "seq")),
-        out_specs=rules("batch", "seq", "act_embed"),
+        out_specs=P(rules.batch, (seq_axes + scattered) or None, None),
     )(table, tokens)
+    return reshard(found, stream_spec(rules))
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -48,7 +48,7 @@ def empty_cache(model: Decoder, batch: int, slots: int) -> KVCache:
 
     Only for a model whose layers are a list.
     """
-    config, rules = model.config, model.rules
+    config, rules = model.config, model.rules.here()
 
     def full(value):
         return jnp.full((batch, slots), value, jnp.int32, out_sharding=rules("batch", None))
@@ -91,7 +91,7 @@ def prefill(
         hidden, cache = model.hidden(part, jnp.maximum(place, 0), segments, cache)
         return cache, hidden[:, -1:]
 
-    out = model.rules("batch", None, "act_embed")
+    out = model.rules.here()("batch", None, None)
     last = jnp.zeros((batch, 1, model.config.embed_dim), model.dtype, out_sharding=out)
     cache = empty_cache(model, batch, slots)
     cache, last = lax.fori_loop(0, num_chunks, read, (cache, last))
@@ -137,7 +137,7 @@ def advance(
     stop_ids: Int[Array, " K"],
 ) -> DecodeState:
     """Returns the state with the token that `hidden` calls for."""
-    logits = reshard(model.logits(hidden)[:, 0], model.rules("batch", None))
+    logits = reshard(model.logits(hidden)[:, 0], model.rules.here()("batch", None))
     place = rows.lengths + state.step
     draw = (rows.seeds, place, rows.temperature, rows.top_k, rows.top_p)
     tokens = sample(logits, *draw)

@@ -118,7 +118,8 @@ class Generator:
         tokens = np.zeros((batch, slots), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[num_chunks * chunk - len(prompt) : num_chunks * chunk] = prompt
-        spec = self.model.rules("batch")
+        rules = self.model.rules.here()
+        spec = rules("batch")
 
         def column(values, dtype, fill=0):
             values = [*values, *[fill] * (batch - len(prompts))]
@@ -132,7 +133,7 @@ class Generator:
             top_k=column((s.top_k for s in samplings), np.int32),
             top_p=column((s.top_p for s in samplings), np.float32, fill=1),
         )
-        return rows, jax.device_put(tokens, self.model.rules("batch", None)), chunk, num_chunks
+        return rows, jax.device_put(tokens, rules("batch", None)), chunk, num_chunks
 
     def _batch_size(self, num_prompts: int) -> int:
         shards = self.model.rules.shards("batch", jax.sharding.get_mesh())
@@ -196,7 +197,8 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     """
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
-    rules = model.rules
+    # One token at a time leaves no positions to split the residual stream over.
+    rules = dataclasses.replace(model.rules, act_seq=model.rules.seq)
     if _fits(model, dtype):
         rules = dataclasses.replace(rules, embed=None)
     compute = dataclasses.replace(model.compute, dtype=dtype)
@@ -206,7 +208,7 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     def convert(param: nnx.Param) -> nnx.Param:
         value = param[...]
         if not isinstance(param, Elementwise):
-            value = reshard(value.astype(dtype), rules(*param.axes))
+            value = reshard(value.astype(dtype), rules.here()(*param.axes))
         return type(param)(value, axes=param.axes)
 
     def is_param(leaf: Any) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
     """How the rows and positions of a batch are split."""
-    return NamedSharding(mesh, config.rules("batch", "seq"))
+    return NamedSharding(mesh, config.rules.on(mesh)("batch", "seq"))
 
 
 def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:

@@ -29,7 +29,7 @@ def packed(tmp_path_factory):
 
 def sharding(**axes):
     mesh = make_mesh(MeshConfig(**axes))
-    return NamedSharding(mesh, Rules()("batch", "seq"))
+    return NamedSharding(mesh, Rules().on(mesh)("batch", "seq"))
 
 
 def assert_equal(one, two):

@@ -105,7 +105,8 @@ def random_tokens(shape, seed=0):
     return np.random.default_rng(seed).integers(0, BASE.vocab_size, shape).astype(np.int32)
 
 
-def place(rules, *arrays):
+def place(*arrays):
+    rules = Rules().here()
     return [jax.device_put(array, rules("batch", "seq")) for array in arrays]
 
 
@@ -133,7 +134,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(option):
         return full, jnp.concatenate(parts, axis=1)
 
     with jax.set_mesh(mesh_of(ONE)):
-        full, cached = both(make(config), *place(Rules(), tokens))
+        full, cached = both(make(config), *place(tokens))
     np.testing.assert_allclose(cached, full, atol=1e-5)
     if option != "base":
         assert np.abs(full - base_logits()).max() > 1e-4, f"{option} changes nothing"
@@ -142,7 +143,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(option):
 @functools.cache
 def base_logits():
     with jax.set_mesh(mesh_of(ONE)):
-        (tokens,) = place(Rules(), random_tokens((2, 20)))
+        (tokens,) = place(random_tokens((2, 20)))
         return np.asarray(jax.jit(lambda m, x: m(x, *whole_rows(x)))(make(BASE), tokens))
 
 
@@ -172,29 +173,28 @@ def test_packed_rows_give_each_document_the_loss_it_has_alone(option):
             starts[i, j] = span
             start = span.stop
     with jax.set_mesh(mesh_of(ONE)):
-        rules = Rules()
         model = make(config)
-        rows = place(rules, *packed)
+        rows = place(*packed)
         for (i, _), span in starts.items():
             weights = np.zeros((2, row_len), np.float32)
             weights[i, span] = 1
-            together = loss(model, *rows, *place(rules, weights))
+            together = loss(model, *rows, *place(weights))
             alone = np.zeros((5, 1, row_len), np.int32)
             length = span.stop - span.start
             alone[:4, 0, :length] = packed[:, i, span]
             alone[3, 0, :length] = 1
             alone[4, 0, :length] = 1
-            by_itself = loss(model, *place(rules, *alone[:4], alone[4].astype(np.float32)))
+            by_itself = loss(model, *place(*alone[:4], alone[4].astype(np.float32)))
             np.testing.assert_allclose(together / length, by_itself / length, atol=1e-5)
 
 
-def batch_of(rules, seed=0):
+def batch_of(seed=0):
     """Eight rows of two documents and some padding."""
     tokens, targets = random_tokens((8, 16), seed), random_tokens((8, 16), seed + 1)
     segments = np.broadcast_to(np.repeat([1, 2, 0], [6, 7, 3]).astype(np.int32), (8, 16))
     positions = np.concatenate([np.arange(6), np.arange(7), np.zeros(3)]).astype(np.int32)
     weights = (segments > 0).astype(np.float32)
-    return place(rules, tokens, targets, np.broadcast_to(positions, (8, 16)), segments, weights)
+    return place(tokens, targets, np.broadcast_to(positions, (8, 16)), segments, weights)
 
 
 @functools.cache
@@ -206,7 +206,7 @@ def loss_and_gradients(config, mesh, remat=None):
 
     with jax.set_mesh(mesh_of(mesh)):
         model = make(config, remat=remat)
-        loss, grads = jax.jit(jax.value_and_grad(loss))(model, *batch_of(model.rules))
+        loss, grads = jax.jit(jax.value_and_grad(loss))(model, *batch_of())
         specs = [leaf.sharding.spec for leaf in jax.tree.leaves(grads)]
         assert specs == [leaf.sharding.spec for leaf in jax.tree.leaves(model)]
     return jax.tree.map(np.asarray, jax.tree.leaves((loss, grads)))
@@ -230,7 +230,7 @@ def test_kv_heads_may_be_whole_where_query_heads_are_split():
 
     def logits(mesh, rules):
         with jax.set_mesh(mesh_of(mesh)):
-            (tokens,) = place(rules, random_tokens((8, 16)))
+            (tokens,) = place(random_tokens((8, 16)))
             call = jax.jit(lambda model, tokens: model(tokens, *whole_rows(tokens)))
             return np.asarray(call(make(config, rules), tokens))
 
@@ -261,7 +261,7 @@ def test_rematerialisation_keeps_what_it_is_told_to():
     def residual_bytes(remat):
         with jax.set_mesh(mesh_of(ONE)):
             model = make(BASE, remat=remat)
-            batch = batch_of(model.rules)
+            batch = batch_of()
             grad = jax.jit(jax.grad(lambda model, *batch: model.loss_sums(*batch)[0]))
             return grad.lower(model, *batch).compile().memory_analysis().temp_size_in_bytes
 
@@ -272,7 +272,7 @@ def test_rematerialisation_keeps_what_it_is_told_to():
 def test_scanned_layers_equal_unrolled_ones():
     with jax.set_mesh(mesh_of(ONE)):
         model = make(config_of("everything"))
-        (tokens,) = place(model.rules, random_tokens((2, 16)))
+        (tokens,) = place(random_tokens((2, 16)))
         call = jax.jit(lambda model, tokens: model(tokens, *whole_rows(tokens)))
         unrolled = jax.jit(lambda model: model.unstacked())(model)
         np.testing.assert_allclose(call(unrolled, tokens), call(model, tokens), atol=1e-5)

@@ -11,11 +11,19 @@ from jax.sharding import NamedSharding
 
 from jaxgen.nn import cross_entropy as module
 from jaxgen.nn.cross_entropy import cross_entropy
+from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
-B, T, D, V = 4, 9, 8, 24
-RULES = Rules()
-MESHES = {"one": (MeshConfig(), 1), "eight": (MeshConfig(data=2, fsdp=2, tensor=2), 8)}
+B, T, D, V = 4, 10, 8, 24
+EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
+# The mesh, its number of devices, and changes to the rules: the stream split over the vocabulary's
+# axis, whole, and split over an axis that the vocabulary is not.
+MESHES = {
+    "one": (MeshConfig(), 1, {}),
+    "eight": (EIGHT, 8, {}),
+    "whole_stream": (EIGHT, 8, {"act_seq": None}),
+    "whole_vocab": (EIGHT, 8, {"vocab": None}),
+}
 OPTIONS = {
     "plain": {},
     "z_loss": {"z_loss": 0.3},
@@ -24,9 +32,10 @@ OPTIONS = {
 }
 
 
-def mesh_of(name):
-    config, num_devices = MESHES[name]
-    return make_mesh(config, jax.devices()[:num_devices])
+def mesh_and_rules(name):
+    config, num_devices, changes = MESHES[name]
+    mesh = make_mesh(config, jax.devices()[:num_devices])
+    return mesh, Rules(**changes).on(mesh)
 
 
 def reference(x, head, targets, weights, z_loss=0.0, soft_cap=None):
@@ -57,6 +66,7 @@ def inputs():
 def test_loss_and_gradients_are_those_of_log_softmax(option, mesh, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk)
     args = inputs()
+    mesh, rules = mesh_and_rules(mesh)
 
     def scaled(x, head, targets, weights):
         objective, nll = reference(x, head, targets, weights, **OPTIONS[option])
@@ -65,16 +75,16 @@ def test_loss_and_gradients_are_those_of_log_softmax(option, mesh, chunk, monkey
     expected = jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(*args)
 
     def ours(x, head, targets, weights):
-        objective, nll = cross_entropy(x, head, targets, weights, RULES, *values)
+        objective, nll = cross_entropy(x, head, targets, weights, rules, *values)
         return 0.7 * objective, nll
 
     values = (OPTIONS[option].get("z_loss", 0.0), OPTIONS[option].get("soft_cap"))
-    with jax.set_mesh(mesh_of(mesh)):
+    with jax.set_mesh(mesh):
         specs = (
-            RULES("batch", "seq", "act_embed"),
-            RULES("vocab", "embed"),
-            RULES("batch", "seq"),
-            RULES("batch", "seq"),
+            stream_spec(rules),
+            rules("vocab", "embed"),
+            rules("batch", "seq"),
+            rules("batch", "seq"),
         )
         placed = [jax.device_put(arg, spec) for arg, spec in zip(args, specs, strict=True)]
         got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(*placed)
@@ -89,19 +99,20 @@ def test_loss_and_gradients_are_those_of_log_softmax(option, mesh, chunk, monkey
 def test_compiled_program_never_holds_the_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", 8)
     tokens, dim, vocab = 64, 16, 96
+    mesh, rules = mesh_and_rules("one")
 
     def loss(x, head, targets, weights):
-        return cross_entropy(x, head, targets, weights, RULES, 1e-4, 30.0)[0]
+        return cross_entropy(x, head, targets, weights, rules, 1e-4, 30.0)[0]
 
     def plain(x, head, targets, weights):
         return reference(x, head, targets, weights, 1e-4, 30.0)[0]
 
     def largest(function, mesh):
         shapes = (
-            ((2, tokens // 2, dim), jnp.float32, RULES("batch", "seq", "act_embed")),
-            ((vocab, dim), jnp.float32, RULES("vocab", "embed")),
-            ((2, tokens // 2), jnp.int32, RULES("batch", "seq")),
-            ((2, tokens // 2), jnp.float32, RULES("batch", "seq")),
+            ((2, tokens // 2, dim), jnp.float32, stream_spec(rules)),
+            ((vocab, dim), jnp.float32, rules("vocab", "embed")),
+            ((2, tokens // 2), jnp.int32, rules("batch", "seq")),
+            ((2, tokens // 2), jnp.float32, rules("batch", "seq")),
         )
         args = [
             jax.ShapeDtypeStruct(shape, dtype, sharding=mesh and NamedSharding(mesh, spec))
@@ -112,6 +123,5 @@ def test_compiled_program_never_holds_the_logits_of_all_tokens(monkeypatch):
         return max(math.prod(map(int, shape.split(","))) for shape in dims)
 
     assert largest(plain, None) >= tokens * vocab
-    mesh = mesh_of("one")
     with jax.set_mesh(mesh):
         assert largest(loss, mesh) < tokens * vocab / 2

@@ -70,7 +70,7 @@ RAGGED = prompts_of(3, 14, 1, 8, 11)
 def test_greedy_tokens_are_those_of_the_full_forward(generator):
     prompts = RAGGED[:3]
     model = make()
-    spec = model.rules("batch", "seq")
+    spec = model.rules.here()("batch", "seq")
 
     @jax.jit
     def likeliest(model, tokens, lengths):

@@ -28,7 +28,7 @@ def test_the_mean_is_over_tokens_of_all_batches(mesh):
     def losses(model, batch):
         logits = model(batch.tokens, batch.positions, batch.segments)
         hot = jax.nn.one_hot(batch.targets, logits.shape[-1])
-        spec = run.config.rules("batch", "seq")
+        spec = run.config.rules.on(run.mesh)("batch", "seq")
         nll = -jnp.einsum("BTV,BTV->BT", jax.nn.log_softmax(logits), hot, out_sharding=spec)
         return nll
 
