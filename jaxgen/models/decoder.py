@@ -24,7 +24,7 @@ from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.nn.stream import enter
-from jaxgen.sharding import Rules
+from jaxgen.sharding import Axes, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,10 @@ class ComputeConfig:
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
+    gather_once: Axes = None
+    """Mesh axes over which the layers' weights are gathered once a step, and their gradients reduced
+    once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    the memory of all layers in the compute dtype."""
 
 
 class KVCache(NamedTuple):
@@ -242,7 +246,10 @@ class Decoder(nnx.Module):
         layer_caches = None if cache is None else cache.layers
         if cache is None:
             body = self.compute.remat.wrap(body)
-        x, layer_caches = run(self.layers, body, x, (local, layer_caches))
+        layers = self.layers
+        if self.compute.gather_once:
+            layers = gather(layers, rules, self.dtype, self.compute.gather_once)
+        x, layer_caches = run(layers, body, x, (local, layer_caches))
         if cache is not None:
             cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
         return self.norm(x), cache

@@ -7,7 +7,9 @@ not part of JAX's interface.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 # A line `%name (parameters) -> result {` opens a computation; the rest are its instructions.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -62,14 +64,31 @@ class Collective:
     dtype: str
     num_bytes: int
     """Of the whole array: what a gather returns, what a reduction takes."""
-    group_size: int
-    """Devices that take part with each other."""
+    group: tuple[int, ...]
+    """Devices, by their place in the mesh, that take part with the first of them; of a permutation
+    all that send or receive."""
+    pairs: tuple[tuple[int, int], ...]
+    """Of a permutation: who sends to whom."""
     trips: int
     """Times it runs in one call of the program."""
     asynchronous: bool
     """Whether computation may run while it does."""
     op_name: str
     """The JAX operation it came from."""
+
+    @property
+    def group_size(self) -> int:
+        """Devices that take part with each other."""
+        return len(self.group)
+
+    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """The mesh axes that it runs over: those in which devices of one group differ."""
+        linked = self.pairs or [(self.group[0], other) for other in self.group]
+        sizes = tuple(mesh_shape.values())
+        ends = np.unravel_index(np.array(linked), sizes)
+        return tuple(
+            axis for axis, at in zip(mesh_shape, ends, strict=True) if (at[:, 0] != at[:, 1]).any()
+        )
 
     @property
     def wire_bytes(self) -> float:
@@ -98,6 +117,13 @@ class Program:
                 self.entry = opened[2] if opened[1] else self.entry
             elif instruction := _INSTRUCTION.match(line):
                 body.append(Instruction(*instruction.groups()))
+        # A TPU's reduce-scatter is a fusion of an all-reduce and a slice, run by its own algorithm.
+        self._scatters = {
+            instruction.name
+            for name, body in self.computations.items()
+            if name.startswith("all-reduce-scatter")
+            for instruction in body
+        }
         if not self.entry:
             raise ValueError("not the text of a compiled program: it has no ENTRY computation")
 
@@ -143,8 +169,12 @@ class Program:
                 if (chain, channel) in chains:
                     continue
                 chains.add((chain, channel))
-            group = self._group_size(instruction)
+            pairs = self._pairs(instruction)
+            group = tuple(sorted({n for pair in pairs for n in pair})) or self._group(instruction)
             arrays = instruction.arrays
+            whole = len(group) if kind == "reduce-scatter" else 1
+            if instruction.name in self._scatters:
+                kind = "reduce-scatter"
             # A start returns its operands too.
             if start and kind == "all-gather":
                 arrays = arrays[len(arrays) // 2 :]
@@ -154,8 +184,9 @@ class Program:
                 Collective(
                     kind=kind,
                     dtype=dtype,
-                    num_bytes=num_bytes * (group if kind == "reduce-scatter" else 1),
-                    group_size=group,
+                    num_bytes=num_bytes * whole,
+                    group=group,
+                    pairs=pairs,
                     trips=trips,
                     asynchronous=start or chain is not None,
                     op_name=instruction.op_name,
@@ -181,15 +212,31 @@ class Program:
                 return constants[bound]
         raise ValueError(f"loop {loop.name} ({loop.op_name}) does not say how often it runs")
 
-    def _group_size(self, instruction: Instruction) -> int:
-        if instruction.opcode.startswith("collective-permute"):
-            return self.num_devices
-        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest)
-        if named:
-            sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-        listed = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
-        if listed:
-            return listed.count(",") + 1
-        tiled = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
-        return int(tiled) if tiled else self.num_devices
+    def _pairs(self, instruction: Instruction) -> tuple[tuple[int, int], ...]:
+        listed = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}") or ""
+        pairs = re.findall(r"\{(\d+),(\d+)\}", listed)
+        return tuple((int(source), int(target)) for source, target in pairs)
+
+    def _group(self, instruction: Instruction) -> tuple[int, ...]:
+        """The first of the groups that take part with each other, in one of four notations."""
+        text = instruction.rest
+        if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{", text):
+            sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+            taken = re.findall(r"'([^']+)'", text[named.end() :].split("}")[0])
+            ids = _device_ids(named[2] or f"[{math.prod(sizes.values())}]")
+            first = tuple(slice(None) if axis in taken else 0 for axis in sizes)
+            return tuple(ids.reshape(tuple(sizes.values()))[first].flatten().tolist())
+        if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+            return tuple(map(int, listed.split(",")))
+        if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\]\S*),", text):
+            return tuple(_device_ids(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
+        return tuple(range(self.num_devices))
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """Reads `[2,4]T(1,0)`, which is arange(8) as [2, 4], transposed, or the ids one by one."""
+    if iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = tuple(map(int, iota[1].split(",")))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(tuple(map(int, iota[2].split(",")))) if iota[2] else ids).flatten()
+    return np.array([int(n) for n in text.split(",")])
