@@ -28,6 +28,13 @@ ENVIRONMENT_ERRORS = frozenset(
 
 CONFIG = "CONFIG"
 MODEL = "MODEL"
+
+
+def _number(metavar: str, text: str, default: int | float) -> dict[str, Any]:
+    help = f"{text} (default: {default})"
+    return {"type": type(default), "default": default, "metavar": metavar, "help": help}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     CONFIG: {
         "metavar": "CONFIG.py[:name]",
@@ -48,55 +55,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "TEXT",
         "help": "texts to continue, together in one batch (default: standard input)",
     },
-    "--max-tokens": {
-        "type": int,
-        "default": 128,
-        "metavar": "N",
-        "help": "most new tokens per prompt (default: 128)",
-    },
-    "--temperature": {
-        "type": float,
-        "default": 0.0,
-        "metavar": "T",
-        "help": "divides the logits; 0 takes the likeliest token (default: 0)",
-    },
-    "--top-k": {
-        "type": int,
-        "default": 0,
-        "metavar": "K",
-        "help": "sample among the K likeliest tokens; 0 for all (default: 0)",
-    },
-    "--top-p": {
-        "type": float,
-        "default": 1.0,
-        "metavar": "P",
-        "help": "sample among the likeliest tokens that sum to probability P (default: 1)",
-    },
-    "--seed": {
-        "type": int,
-        "default": 0,
-        "metavar": "S",
-        "help": "of sampling; each prompt after the first adds 1 (default: 0)",
-    },
-    "--step": {
-        "type": int,
-        "default": 0,
-        "metavar": "N",
-        "help": "the step whose batch is shown (default: 0)",
-    },
-    "--steps": {
-        "type": int,
-        "default": 20,
-        "metavar": "N",
-        "help": "training steps that are timed, after two that are not (default: 20)",
-    },
+    "--max-tokens": _number("N", "most new tokens per prompt", 128),
+    "--temperature": _number("T", "divides the logits; 0 takes the likeliest token", 0.0),
+    "--top-k": _number("K", "sample among the K likeliest tokens; 0 for all", 0),
+    "--top-p": _number("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
+    "--step": _number("N", "the step whose batch is shown", 0),
+    "--steps": _number("N", "training steps that are timed, after two that are not", 20),
     "--json": {"action": "store_true", "help": "print one JSON object"},
-    "--min-bytes": {
-        "type": int,
-        "default": 2**16,
-        "metavar": "B",
-        "help": "the first size (default: 65536)",
-    },
+    "--min-bytes": _number("B", "the first size", 2**16),
     "--max-bytes": {
         "type": int,
         "metavar": "B",
@@ -105,14 +72,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {
         "choices": ("bfloat16", "float32"),
         "default": "bfloat16",
-        "help": "of the elements: bfloat16 (the default) or float32",
+        "help": "of the elements (default: bfloat16)",
     },
-    "--iterations": {
-        "type": int,
-        "default": 10,
-        "metavar": "N",
-        "help": "timed runs of each, of which the median counts (default: 10)",
-    },
+    "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
 
 

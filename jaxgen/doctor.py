@@ -25,8 +25,9 @@ from jaxgen.sharding import AXES, MeshConfig, make_mesh
 from jaxgen.tables import columns
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu")
-# Norm of the difference over the norm. Measured on CPU: 3e-7 in fp32, 5e-3 in bf16.
-ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+# Norm of the difference over the norm. Measured on CPU at T=1024: 7e-7 in fp32, 4e-3 in bf16. A
+# window that is one token short is 2e-2 off, or more.
+ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 WRONG, REFUSED = "WRONG", "refused"
 
 

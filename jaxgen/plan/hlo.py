@@ -220,7 +220,9 @@ class Program:
     def _group(self, instruction: Instruction) -> tuple[int, ...]:
         """The first of the groups that take part with each other, in one of four notations."""
         text = instruction.rest
-        if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{", text):
+        if named := re.search(
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{", text
+        ):
             sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
             taken = re.findall(r"'([^']+)'", text[named.end() :].split("}")[0])
             ids = _device_ids(named[2] or f"[{math.prod(sizes.values())}]")
