@@ -87,11 +87,11 @@ def gather(module: M, rules: Rules, dtype: jnp.dtype, over: Axes = AXES) -> M:
         if not isinstance(param, Elementwise):
             axes = ("layers",) * (value.ndim - len(param.axes)) + param.axes
             gathered = rules.gathered(*axes, over=over)
-            stored = rules(*axes)
+            now = jax.typeof(value).sharding.spec.partitions
             # In two steps, for the gradient's sake: it is scattered over the axes that split the
             # parameter first, so that only a shard of it is added up over the others.
-            others = gathered.reduced - {a for dim in stored for a in logical_to_mesh(dim)}
-            value = reshard(value, PartitionSpec(*stored, reduced=others))
+            others = gathered.reduced - {axis for dim in now for axis in logical_to_mesh(dim)}
+            value = reshard(value, PartitionSpec(*now, reduced=others))
             value = reshard(value, gathered)
         return type(param)(value, axes=param.axes)
 

@@ -102,6 +102,21 @@ class Collective:
         return rounds * self.num_bytes * self.trips * (self.group_size - 1) / self.group_size
 
 
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One array that a TPU sends to other slices, over the data-centre network."""
+
+    kind: str
+    """What it is part of: all-reduce, all-gather, one-to-one (of a permutation), ..."""
+    dtype: str
+    num_bytes: int
+    """What each device hands over."""
+    trips: int
+    """Times it runs in one call of the program."""
+    op_name: str
+    """The JAX operation it came from, as far as it is written."""
+
+
 class Program:
     """A parsed program."""
 
@@ -194,6 +209,20 @@ class Program:
                 for dtype, num_bytes in arrays
             ]
         return [collective for collective in found if collective.group_size > 1]
+
+    def transfers(self) -> list[Transfer]:
+        """Returns all arrays that go to other slices; those inside a slice are collectives."""
+        found = []
+        for instruction, trips in self.executed():
+            kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+            if instruction.opcode != "send" or kind is None:
+                continue
+            # A send returns what it sends, a counter and a token.
+            dtype, num_bytes = instruction.arrays[0]
+            name = instruction.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"') or ""
+            kind = kind.lower().replace("_", "-")
+            found.append(Transfer(kind, dtype, num_bytes, trips, instruction.op_name or name))
+        return found
 
     def _trips(self, loop: Instruction) -> int:
         known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
