@@ -3,6 +3,7 @@
 B batch, T tokens, N heads, K kv heads, G = N / K, H head dim.
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 import statistics
@@ -21,7 +22,7 @@ from jaxgen.collectives import COLLECTIVES, count_wrong
 from jaxgen.config import TrainConfig
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import attend
-from jaxgen.sharding import AXES, MeshConfig, make_mesh
+from jaxgen.sharding import AXES, make_mesh
 from jaxgen.tables import columns
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu")
@@ -155,7 +156,7 @@ def collectives() -> Section:
     num = jax.device_count()
 
     def check(axis: str):
-        mesh = make_mesh(MeshConfig(**({"fsdp": 1} | {axis: num})))
+        mesh = make_mesh(dataclasses.replace(parity.ONE, **{axis: num}))
         wrong, times = [], []
         for name, collective in COLLECTIVES.items():
             count, seconds = count_wrong(collective, axis, mesh)
@@ -180,11 +181,9 @@ def parity_matrix() -> Section:
         return [*(f"{x:.0e}" for x in numbers), f"{result.seconds:.1f}"], verdict
 
     def rows():
-        for name, model in parity.MODELS.items():
-            for mesh in parity.meshes(jax.device_count()):
-                sizes = " ".join(f"{axis}={size}" for axis, size in mesh.sizes.items() if size > 1)
-                verdict = _judge(4, check, parity.config_of(model, mesh))
-                yield name, sizes or "one device", *verdict
+        for config in parity.cases(jax.device_count()):
+            split = [f"{axis}={size}" for axis, size in config.mesh.sizes.items() if size > 1]
+            yield config.name, " ".join(split) or "one device", *_judge(4, check, config)
 
     return Section(
         f"parity: relative errors against one device over {parity.NUM_STEPS} steps in fp32",

@@ -34,30 +34,40 @@ ONE = MeshConfig(fsdp=1)
 
 # Every dimension divides by eight. Every option of the decoder that has a path of its own through
 # the sharding is on, as in Gemma and Qwen.
-DENSE = DecoderConfig(
-    vocab_size=64,
-    num_layers=8,
-    embed_dim=16,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=4,
-    mlp_dim=32,
-    max_seq_len=16,
-    tie_embeddings=True,
-    qk_norm=True,
-    qkv_bias=True,
-    attention_soft_cap=5.0,
-    logit_soft_cap=10.0,
-    norms="pre_post",
-    norm_plus_one=True,
-    embed_scale=4.0,
-    activation="gelu_tanh",
-    sliding_window=5,
-    layer_pattern=("local", "global"),
-    rope_local_theta=100.0,
-    rope_scaling=RopeScaling(kind="linear", factor=2.0),
+DENSE = TrainConfig(
+    name="dense",
+    model=DecoderConfig(
+        vocab_size=64,
+        num_layers=8,
+        embed_dim=16,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=4,
+        mlp_dim=32,
+        max_seq_len=16,
+        tie_embeddings=True,
+        qk_norm=True,
+        qkv_bias=True,
+        attention_soft_cap=5.0,
+        logit_soft_cap=10.0,
+        norms="pre_post",
+        norm_plus_one=True,
+        embed_scale=4.0,
+        activation="gelu_tanh",
+        sliding_window=5,
+        layer_pattern=("local", "global"),
+        rope_local_theta=100.0,
+        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+    ),
+    data=DataConfig(),
+    mesh=ONE,
+    compute=ComputeConfig(dtype="float32", attention="xla"),
+    # With b1=0 and no clipping, Adam's first moment is the gradient.
+    optimizer=OptimizerConfig(
+        learning_rate=1e-3, warmup_steps=5, b1=0.0, clip_grad_norm=0.0, spike_factor=0.0
+    ),
+    train=LoopConfig(batch_size=8, seq_len=16, z_loss=1e-3),
 )
-MODELS = {"dense": DENSE}
 
 # Meshes of 4 and of 8 devices; on those of 8, every axis meets every other one.
 HYBRIDS: dict[int, tuple[dict[str, int], ...]] = {
@@ -102,24 +112,20 @@ def meshes(num_devices: int) -> list[MeshConfig]:
     part = math.gcd(num_devices, 8)
     shapes = [{axis: part} for axis in AXES if part > 1 or axis == "data"]
     shapes += HYBRIDS.get(part, ())
-    configs = [MeshConfig(**({"fsdp": 1} | shape)) for shape in shapes]
+    configs = [dataclasses.replace(ONE, **shape) for shape in shapes]
     return [dataclasses.replace(c, data=c.data * (num_devices // part)) for c in configs]
 
 
-def config_of(model: DecoderConfig, mesh: MeshConfig = ONE) -> TrainConfig:
-    """Returns a run in fp32 whose rows divide over every mesh of `meshes`."""
-    num_devices = math.prod(mesh.sizes.values())
-    return TrainConfig(
-        name="parity",
-        model=model,
-        data=DataConfig(),
-        mesh=mesh,
-        compute=ComputeConfig(dtype="float32", attention="xla"),
-        # With b1=0 and no clipping, Adam's first moment is the gradient.
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=5, b1=0.0, clip_grad_norm=0.0, spike_factor=0.0
-        ),
-        train=LoopConfig(batch_size=max(8, num_devices), seq_len=model.max_seq_len, z_loss=1e-3),
+def cases(num_devices: int) -> list[TrainConfig]:
+    """Returns every model on every mesh of so many devices."""
+    return [on(DENSE, mesh) for mesh in meshes(num_devices)]
+
+
+def on(config: TrainConfig, mesh: MeshConfig) -> TrainConfig:
+    """Returns the config with this mesh, and with rows that divide over it."""
+    rows = max(8, math.prod(mesh.sizes.values()))
+    return dataclasses.replace(
+        config, mesh=mesh, train=dataclasses.replace(config.train, batch_size=rows)
     )
 
 
@@ -225,10 +231,12 @@ def compare(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Pari
     seconds = time.perf_counter() - begin
     expected = _alone(dataclasses.replace(config, mesh=ONE, rules=Rules()), num_steps)
     loss_errors = np.abs(got.losses - expected.losses) / np.abs(expected.losses)
-    errors = {
-        name: float(np.linalg.norm(got.gradients[name] - gradient) / np.linalg.norm(gradient))
-        for name, gradient in expected.gradients.items()
-    }
+    errors = {}
+    for name, gradient in expected.gradients.items():
+        # The layers of a pipeline may stand in several dimensions, in their order.
+        difference = np.linalg.norm(got.gradients[name].reshape(gradient.shape) - gradient)
+        # Of a parameter without a gradient, such as a router's bias, the norm itself.
+        errors[name] = float(difference / (np.linalg.norm(gradient) or 1.0))
     # NaN is not the largest of anything: it counts as infinite.
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     return ParityResult(

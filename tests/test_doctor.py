@@ -22,8 +22,7 @@ ROOT = Path(__file__).parent.parent
 # Every mesh is test_parity's business; one is enough to see that the command looks at them.
 ONE_MESH = """
 from jaxgen import parity, sharding
-parity.MODELS = {"dense": parity.DENSE}
-parity.meshes = lambda num: [sharding.MeshConfig(fsdp=num)]
+parity.cases = lambda num: [parity.on(parity.DENSE, sharding.MeshConfig(fsdp=num))]
 """
 COMMAND = "import sys; from jaxgen.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -113,7 +112,7 @@ def test_a_wrong_collective_is_named_on_its_axis(monkeypatch):
     assert verdict.startswith("WRONG: all-reduce in ")
 
 
-def test_parity_has_a_row_for_each_model_and_mesh(monkeypatch):
+def test_parity_has_a_row_for_each_case(monkeypatch):
     def compare(config, mesh):
         if config.mesh.tensor == 8:
             return ParityResult(1e-3, 2e-7, ".embedding", 0.0, 1.25)
@@ -122,7 +121,7 @@ def test_parity_has_a_row_for_each_model_and_mesh(monkeypatch):
     monkeypatch.setattr(parity, "compare", compare)
     section = doctor.parity_matrix()
     rows = {row[:2]: row[2:] for row in section.rows}
-    assert len(rows) == len(parity.MODELS) * len(parity.meshes(8))
+    assert len(rows) == len(parity.cases(8))
     assert rows["dense", "data=8"] == ("1e-07", "2e-07", "0e+00", "1.2", "ok")
     assert rows["dense", "tensor=8"][-1] == "WRONG: worst gradient .embedding"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgen import parity
-from jaxgen.parity import DENSE, MODELS, ParityResult, compare, config_of, meshes, refusal, rows
+from jaxgen.parity import DENSE, ParityResult, cases, compare, meshes, on, refusal, rows
 from jaxgen.sharding import AXES, MeshConfig, make_mesh
 
 LIMITS = {
@@ -25,12 +25,6 @@ QUICK = [
     MeshConfig(fsdp=1, data=2, expert=2, tensor=2),
     MeshConfig(fsdp=1, pipeline=2, expert=4),
 ]
-# All of eight devices, and single axes of four and two.
-ALL = [*meshes(8), *meshes(4)[: len(AXES)], *meshes(2)]
-
-
-def name(mesh):
-    return "-".join(f"{axis}{size}" for axis, size in mesh.sizes.items() if size > 1)
 
 
 def size(mesh):
@@ -41,23 +35,26 @@ def devices_of(mesh):
     return jax.devices()[: size(mesh)]
 
 
+def param(config):
+    mesh = config.mesh
+    split = (f"{axis}{size}" for axis, size in mesh.sizes.items() if size > 1)
+    marks = () if mesh in QUICK else pytest.mark.slow
+    return pytest.param(config, id="-".join([config.name, *split]), marks=marks)
+
+
+# All meshes of eight devices, and single axes of four and two.
 CASES = [
-    pytest.param(
-        model,
-        mesh,
-        id=f"{model}-{name(mesh)}",
-        marks=() if mesh in QUICK else pytest.mark.slow,
-    )
-    for model, mesh in itertools.product(MODELS, ALL)
+    *cases(8),
+    *(c for num in (4, 2) for c in cases(num) if max(c.mesh.sizes.values()) == num),
 ]
 
 
-@pytest.mark.parametrize(("model", "mesh"), CASES)
-def test_a_mesh_trains_as_one_device(model, mesh):
-    config = config_of(MODELS[model], mesh)
-    if reason := refusal(config, devices_of(mesh)):
+@pytest.mark.parametrize("config", [param(config) for config in CASES])
+def test_a_mesh_trains_as_one_device(config):
+    devices = devices_of(config.mesh)
+    if reason := refusal(config, devices):
         pytest.skip(reason)
-    result = compare(config, make_mesh(mesh, devices_of(mesh)))
+    result = compare(config, make_mesh(config.mesh, devices))
     assert result.ok, result
 
 
@@ -81,7 +78,7 @@ def test_meshes_take_all_devices_once(num):
 
 
 def test_rows_are_two_documents_and_padding():
-    config = config_of(DENSE)
+    config = DENSE
     for step in range(3):
         batch = rows(config, step)
         assert batch.tokens.shape == (8, 16)
@@ -117,7 +114,7 @@ def test_a_small_fault_of_a_mesh_is_found(shown, monkeypatch):
 
     monkeypatch.setattr(parity, "run", faulty)
     mesh = MeshConfig(data=2, fsdp=1)
-    result = compare(config_of(DENSE, mesh), make_mesh(mesh, devices_of(mesh)))
+    result = compare(on(DENSE, mesh), make_mesh(mesh, devices_of(mesh)))
     assert not result.ok
     assert getattr(result, shown) > LIMITS[shown]
     for name in untouched:
@@ -133,4 +130,4 @@ def test_nan_is_not_ok(error):
 
 def test_a_refusal_has_its_reason():
     mesh = MeshConfig(tensor=3, fsdp=1)
-    assert "is not divisible by mesh.tensor=3" in refusal(config_of(DENSE, mesh), devices_of(mesh))
+    assert "is not divisible by mesh.tensor=3" in refusal(on(DENSE, mesh), devices_of(mesh))
