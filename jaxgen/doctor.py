@@ -156,7 +156,8 @@ def collectives() -> Section:
     num = jax.device_count()
 
     def check(axis: str):
-        mesh = make_mesh(dataclasses.replace(parity.ONE, **{axis: num}))
+        sizes: dict[str, Any] = {axis: num}
+        mesh = make_mesh(dataclasses.replace(parity.ONE, **sizes))
         wrong, times = [], []
         for name, collective in COLLECTIVES.items():
             count, seconds = count_wrong(collective, axis, mesh)

@@ -70,7 +70,7 @@ DENSE = TrainConfig(
 )
 
 # Meshes of 4 and of 8 devices; on those of 8, every axis meets every other one.
-HYBRIDS: dict[int, tuple[dict[str, int], ...]] = {
+HYBRIDS: dict[int, tuple[dict[str, Any], ...]] = {
     4: (
         {"data": 2, "fsdp": 2},
         {"data": 2, "tensor": 2},
@@ -110,7 +110,7 @@ def meshes(num_devices: int) -> list[MeshConfig]:
     What is left of `num_devices` beyond its factor of at most 8 multiplies `data`.
     """
     part = math.gcd(num_devices, 8)
-    shapes = [{axis: part} for axis in AXES if part > 1 or axis == "data"]
+    shapes: list[dict[str, Any]] = [{axis: part} for axis in AXES if part > 1 or axis == "data"]
     shapes += HYBRIDS.get(part, ())
     configs = [dataclasses.replace(ONE, **shape) for shape in shapes]
     return [dataclasses.replace(c, data=c.data * (num_devices // part)) for c in configs]
