@@ -22,7 +22,7 @@ from jaxgen.data.loader import Batch
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import ComputeConfig, DecoderConfig
 from jaxgen.nn.rope import RopeScaling
-from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh
+from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh, zigzag
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
 from jaxgen.train.program import abstract_state, batch_sharding, lower_step
@@ -180,8 +180,9 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     )
     state = dataclasses.replace(state, model=model)
     sharding, losses, gradients = batch_sharding(config, mesh), [], {}
+    order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):
-        batch = Batch(*(_place(x, sharding) for x in rows(config, number)))
+        batch = Batch(*(_place(x[:, order], sharding) for x in rows(config, number)))
         state, metrics = step(state, batch)
         losses.append(_fetch(metrics["loss"]))
         if not number:
