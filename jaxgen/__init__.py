@@ -26,6 +26,7 @@ _MODULES = {
     "models.decoder": ("ComputeConfig", "Decoder", "DecoderConfig"),
     "nn.rope": ("RopeScaling",),
     "nn.stack": ("Remat",),
+    "picture": ("draw_mesh",),
     "serve.generate": ("Generator", "generate", "generate_text"),
     "serve.load": ("load_model", "split_location"),
     "serve.sampler": ("SamplingConfig",),
