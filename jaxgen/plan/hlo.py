@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,8 @@ class Collective:
     """Times it runs in one call of the program."""
     asynchronous: bool
     """Whether computation may run while it does."""
+    hidden: bool
+    """Whether matrix products or kernels do, by the schedule."""
     op_name: str
     """The JAX operation it came from."""
 
@@ -171,6 +174,7 @@ class Program:
         """Returns all exchanges between devices, one for each array."""
         found: list[Collective] = []
         chains: set[tuple[str, str]] = set()
+        hidden = self._hidden()
         for instruction, trips in self.executed():
             match = _COLLECTIVE.match(instruction.opcode)
             if not match:
@@ -178,9 +182,8 @@ class Program:
             kind, start = match[1], bool(match[2])
             # A TPU runs a collective beside the fusions between its start and its end; each of them
             # repeats it, with the same chain and channel.
-            chain = instruction.attribute(r'chain_id="(\d+)"')
+            chain, channel = _chain(instruction)
             if chain is not None:
-                channel = instruction.attribute(r"channel_id=(\d+)") or ""
                 if (chain, channel) in chains:
                     continue
                 chains.add((chain, channel))
@@ -204,11 +207,45 @@ class Program:
                     pairs=pairs,
                     trips=trips,
                     asynchronous=start or chain is not None,
+                    hidden=(chain, channel) in hidden if chain else instruction.name in hidden,
                     op_name=instruction.op_name,
                 )
                 for dtype, num_bytes in arrays
             ]
         return [collective for collective in found if collective.group_size > 1]
+
+    def _hidden(self) -> set[Any]:
+        """What runs beside products: (chain, channel) of fusions, names of other starts."""
+        products: dict[str, bool] = {}
+
+        def has_product(name: str) -> bool:
+            if name not in products:
+                products[name] = any(map(is_product, self.computations.get(name, ())))
+            return products[name]
+
+        def is_product(instruction: Instruction) -> bool:
+            if instruction.opcode in ("convolution", "dot"):
+                return True
+            if instruction.opcode == "custom-call":
+                return "tpu_custom_call" in instruction.rest
+            return any(map(has_product, _CALLED.findall(instruction.rest)))
+
+        hidden: set[Any] = set()
+        for name, body in self.computations.items():
+            for at, instruction in enumerate(body):
+                match = _COLLECTIVE.match(instruction.opcode)
+                if not match:
+                    continue
+                chain = _chain(instruction)
+                if chain[0] is not None and has_product(name):
+                    hidden.add(chain)
+                elif match[2]:
+                    ends = f"%{instruction.name})"
+                    rest = body[at + 1 :]
+                    until = next((i for i, other in enumerate(rest) if ends in other.rest), 0)
+                    if any(map(is_product, rest[:until])):
+                        hidden.add(instruction.name)
+        return hidden
 
     def transfers(self) -> list[Transfer]:
         """Returns all arrays that go to other slices; those inside a slice are collectives."""
@@ -262,6 +299,12 @@ class Program:
         if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\]\S*),", text):
             return tuple(_device_ids(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
         return tuple(range(self.num_devices))
+
+
+def _chain(instruction: Instruction) -> tuple[str | None, str]:
+    """What the parts of one asynchronous collective of a TPU have in common."""
+    chain = instruction.attribute(r'chain_id="(\d+)"')
+    return chain, instruction.attribute(r"channel_id=(\d+)") or ""
 
 
 def _device_ids(text: str) -> np.ndarray:
