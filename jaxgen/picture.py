@@ -19,8 +19,10 @@ COLOURS = (
     "#f7a8d0", "#d8b894", "#a9bccb", "#e5d26b", "#b78fd0", "#79dd8f", "#e39a5b", "#9fd8ff",
 )  # fmt: skip
 INK, FAINT, ACCENT, PAPER, EVERYWHERE = "#1f2933", "#5f6c7b", "#0b5cad", "#ffffff", "#e1e5ea"
-WIDTH, MARGIN, COLUMN, COLUMN_GAP, ROW = 900, 26, 264, 28, 236
-BOX = 150  # The height of a drawn array.
+WIDTH, MARGIN, COLUMN, COLUMN_GAP, ROW = 900, 26, 264, 28, 246
+BOX = 160  # The height of a drawn array.
+Length = int | float
+AnyMesh = Mesh | AbstractMesh
 
 
 class Panel(NamedTuple):
@@ -35,9 +37,7 @@ class Panel(NamedTuple):
     """How many are drawn, from the first; None for all."""
 
 
-def draw_mesh(
-    mesh: Mesh | AbstractMesh, rules: Rules | None = None, *, experts: bool | None = None
-) -> str:
+def draw_mesh(mesh: AnyMesh, rules: Rules | None = None, *, experts: bool | None = None) -> str:
     """Returns an SVG, 900 wide, of what each device of a mesh holds.
 
     A piece has the colour and the number of its device, stripes if several hold the same, and is
@@ -56,12 +56,12 @@ def draw_mesh(
     rules = (rules or Rules()).on(mesh)
     experts = mesh.shape["expert"] > 1 if experts is None else experts
     one, rows, layers = ("", None), ("rows", "batch"), ("layers", "layers")
-    embed, vocab, mlp = ("embed", "embed"), ("vocabulary", "vocab"), ("mlp", "mlp")
+    embed, vocab, mlp = ("embed", "embed"), ("vocab", "vocab"), ("mlp", "mlp")
     # Where the MLP gives way to experts, what is left of a layer is its attention.
     kind, wide = ("Attention", ("heads", "heads")) if experts else ("MLP", mlp)
     panels = [
         Panel(1, "Batch", one, rows, ("positions", "seq")),
-        Panel(1, "Stream between blocks", one, rows, ("positions", "act_seq")),
+        Panel(1, "Residual stream", one, rows, ("positions", "act_seq")),
         Panel(1, "Embedding table", one, vocab, embed),
         Panel(1, f"{kind} weight, first layer", layers, embed, wide),
         Panel(2, f"{kind} weight, all layers", layers, embed, wide, None),
@@ -77,13 +77,14 @@ def draw_mesh(
             column, top = 0, top + ROW
         _draw(panel, mesh, rules, MARGIN + column * (COLUMN + COLUMN_GAP), top, body, shared)
         column += panel.columns
-    key = f"{_split('a dimension', 'the axes that split it')} · striped: equal on several devices"
-    body.append(_text(WIDTH - MARGIN, 34, key, f'text-anchor="end" fill="{FAINT}"'))
-    size = f'width="{WIDTH}" height="{top + 216}"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" fill="{INK}" '
+    key = f"{_split('a dimension', 'the mesh axes that split it')}; striped: the same on several"
+    body.append(_text(MARGIN, top + 236, f"{key} devices; grey: on all", f'fill="{FAINT}"'))
+    height = top + 254
+    size = f'width="{WIDTH}" height="{height}"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size} '
     return "\n".join(
         [
-            f'{start}font-family="system-ui, sans-serif" font-size="12">',
+            f'{start}role="img" font-family="system-ui, sans-serif" font-size="12" fill="{INK}">',
             f"<title>What each device holds: {name}</title>",
             f'<rect {size} rx="10" fill="{PAPER}"/>',
             *map(_stripes, sorted(shared)),
@@ -94,7 +95,7 @@ def draw_mesh(
 
 
 def holders(
-    mesh: Mesh | AbstractMesh, spec: PartitionSpec, cuts: tuple[int, ...]
+    mesh: AnyMesh, spec: PartitionSpec, cuts: tuple[int, ...]
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Returns which devices hold each piece of an array that is split by `spec`.
 
@@ -129,7 +130,9 @@ def in_text(piece: int, pieces: int, shards: int) -> int:
     return (2 * shards - 1 - shard if late else shard) * size + offset
 
 
-def _draw(panel: Panel, mesh, rules: Rules, x: float, y: float, body: list[str], shared: set):
+def _draw(
+    panel: Panel, mesh: AnyMesh, rules: Rules, x: Length, y: Length, body: list[str], shared: set
+):
     """Draws one array: which mesh axes split it, its pieces, and how many there are."""
     dims = panel.outer, panel.down, panel.across
     spec = rules(*(logical for _, logical in dims))
@@ -162,7 +165,15 @@ def _draw(panel: Panel, mesh, rules: Rules, x: float, y: float, body: list[str],
     body.append(_text(x, y + BOX + 18, f"{parts} on {who}{zigzag}", f'fill="{FAINT}"'))
 
 
-def _piece(x, y, width, height, devices: tuple[int, ...], size: int, body: list[str]):
+def _piece(
+    x: Length,
+    y: Length,
+    width: Length,
+    height: Length,
+    devices: tuple[int, ...],
+    size: int,
+    body: list[str],
+):
     """Draws one piece, with the numbers of its devices if they fit."""
     everywhere = len(devices) == size > 1
     fill = EVERYWHERE if everywhere else f"url(#on-{'-'.join(map(str, devices))})"
@@ -180,27 +191,27 @@ def _piece(x, y, width, height, devices: tuple[int, ...], size: int, body: list[
     body.append(_text(x, y + 4, label, 'text-anchor="middle"'))
 
 
-def _devices(mesh: Mesh | AbstractMesh, body: list[str]) -> int:
+def _devices(mesh: AnyMesh, body: list[str]) -> int:
     """Draws every device with its place along the axes; returns where the panels begin."""
     axes = [axis for axis, n in mesh.shape.items() if n > 1]
-    line = max(12 * len(axes) + 18, 40)
+    line = max(12 * len(axes) + 12, 36)
     for device, place in enumerate(_places(mesh)):
         x, y = MARGIN + device % 8 * (WIDTH - 2 * MARGIN) / 8, 50 + device // 8 * line
         body.append(_rect(x, y, 26, 26, f'rx="5" fill="{COLOURS[device]}"'))
         body.append(_text(x + 13, y + 18, str(device), 'text-anchor="middle" font-size="14"'))
         for i, axis in enumerate(axes):
-            down = y + 17 - 6 * (len(axes) - 1) + 12 * i + (2 if len(axes) > 2 else 0)
+            down = y + (17 if len(axes) == 1 else 10) + 12 * i
             body.append(_text(x + 33, down, f"{axis} {place[axis]}", f'fill="{FAINT}"'))
-    return 82 + line * -(-mesh.size // 8)
+    return 80 + line * -(-mesh.size // 8)
 
 
-def _places(mesh: Mesh | AbstractMesh) -> list[dict[str, int]]:
+def _places(mesh: AnyMesh) -> list[dict[str, int]]:
     every = itertools.product(*map(range, mesh.shape.values()))
     return [dict(zip(mesh.shape, at, strict=True)) for at in every]
 
 
 def _split(name: str, axes: Axes) -> str:
-    by = " x ".join(logical_to_mesh(axes))
+    by = ", ".join(logical_to_mesh(axes))
     return f'{name} <tspan fill="{ACCENT}" font-weight="600">{by}</tspan>' if by else name
 
 
@@ -214,9 +225,9 @@ def _stripes(devices: tuple[int, ...]) -> str:
     )
 
 
-def _rect(x: float, y: float, width: float, height: float, style: str) -> str:
+def _rect(x: Length, y: Length, width: Length, height: Length, style: str) -> str:
     return f'<rect x="{x:.4g}" y="{y:.4g}" width="{width:.4g}" height="{height:.4g}" {style}/>'
 
 
-def _text(x: float, y: float, text: str, style: str = "") -> str:
+def _text(x: Length, y: Length, text: str, style: str = "") -> str:
     return f'<text x="{x:.4g}" y="{y:.4g}" {style}>{text}</text>'
