@@ -194,7 +194,16 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     - Weights are whole over `fsdp` if that takes less than half of a device's memory: they are read
       for every token, and gathering them would take far longer than reading. Otherwise they stay
       split, and each layer is gathered when it runs.
+
+    Raises:
+        UserError: the mesh splits sequences, and decoding has one token at a time.
     """
+    shards = model.rules.shards("seq", jax.sharding.get_mesh())
+    if shards > 1:
+        raise UserError(
+            f"rules.seq={model.rules.seq!r} splits sequences over {shards} devices, and decoding "
+            "has one token at a time; use mesh.context=1, and data, fsdp or tensor"
+        )
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
     # One token at a time leaves no positions to split the residual stream over.
