@@ -144,7 +144,18 @@ def test_missing_files_and_names_get_a_suggestion():
     ("overrides", "num_devices", "message"),
     [
         ({}, 6, "needs 8 devices and there are 6; use data=1 fsdp=3 tensor=2, or --devices 8"),
-        ({"mesh.context": "2", "mesh.data": "1"}, 8, "mesh.context=2 is not supported yet"),
+        ({"mesh.expert": "2", "mesh.data": "1"}, 8, "mesh.expert=2 is not supported yet"),
+        (
+            {"mesh.context": "2", "mesh.data": "1", "train.seq_len": "130"},
+            8,
+            "train.seq_len=130 is not divisible by 4, as sequences over mesh.context=2 x "
+            "mesh.tensor=2 need; use train.seq_len=132",
+        ),
+        (
+            {"train.seq_len": "31"},
+            8,
+            "train.seq_len=31 is not divisible by 2, as sequences over mesh.tensor=2 need",
+        ),
         (
             {"mesh.tensor": "8", "mesh.data": "1", "mesh.fsdp": "1"},
             8,
