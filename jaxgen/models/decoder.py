@@ -26,7 +26,7 @@ from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.router import MoEConfig, RouterStats, RouterSums
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.nn.stream import enter
-from jaxgen.sharding import Rules
+from jaxgen.sharding import Axes, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +196,10 @@ class ComputeConfig:
     expert_capacity: float | None = None
     """all_to_all: tokens that a device has room for, over an even share; tokens beyond it lose that
     expert and are counted. None for the worst case, which drops nothing."""
+    gather_once: Axes = None
+    """Mesh axes over which the layers' weights are gathered once a step, and their gradients
+    reduced once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    the memory of all layers in the compute dtype."""
 
     def __post_init__(self):
         if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":
@@ -292,13 +296,16 @@ class Decoder(nnx.Module):
         layer_caches = None if cache is None else cache.layers
         if cache is None:
             body = self.compute.remat.wrap(body)
-        x, ys = run(self.layers, body, x, (local, layer_caches))
-        stats: Any
-        layer_caches, stats = ys if stacked else zip(*ys, strict=True)
+        layers = self.layers
+        if self.compute.gather_once:
+            layers = gather(layers, rules, self.dtype, self.compute.gather_once)
+        ys: Any
+        x, ys = run(layers, body, x, (local, layer_caches))
+        layer_caches, stats = ys if stacked else map(list, zip(*ys, strict=True))
         if not stacked:
             stats = jax.tree.map(lambda *each: jnp.stack(each), *stats)
         if cache is not None:
-            cache = KVCache(list(layer_caches), keys, cache.used + tokens.shape[1])
+            cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
         return self.norm(x), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
