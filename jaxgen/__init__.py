@@ -25,6 +25,7 @@ _MODULES = {
     "metrics": ("MetricsConfig", "MetricWriter"),
     "models.decoder": ("ComputeConfig", "Decoder", "DecoderConfig"),
     "nn.rope": ("RopeScaling",),
+    "nn.router": ("MoEConfig",),
     "nn.stack": ("Remat",),
     "serve.generate": ("Generator", "generate", "generate_text"),
     "serve.load": ("load_model", "split_location"),

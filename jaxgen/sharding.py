@@ -18,7 +18,7 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("pipeline", "context", "expert")
+UNSUPPORTED_AXES = ("context",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,13 @@ class MeshConfig:
     fsdp: int = -1
     """Shards of parameters, gradients and optimizer state; each also takes its own rows."""
     pipeline: int = 1
-    """Stages of layers. Not supported yet: must be 1."""
+    """Stages, each with its own layers; microbatches go through them (compute.pipeline)."""
     context: int = 1
     """Shards of the sequence. Not supported yet: must be 1."""
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
-    """Shards of the experts. Not supported yet: must be 1."""
+    """Shards of the experts; each also takes its own rows."""
     across_slices: Literal["data", "pipeline"] = "data"
     """The axis that goes from one TPU slice to the next, over the data-centre network. It must be a
     multiple of the number of slices; all other axes stay inside a slice."""
@@ -143,7 +143,7 @@ Axes = str | tuple[str, ...] | None
 class Rules:
     """Which mesh axes split each logical axis. The fields are the closed set of logical axes."""
 
-    vocab: Axes = "tensor"
+    vocab: Axes = ("pipeline", "tensor")
     """Rows of the embedding table and of the output layer, and logits."""
     embed: Axes = ("fsdp", "context", "expert")
     """The residual width of every parameter but the experts'."""
@@ -157,8 +157,10 @@ class Rules:
     """Width of the MLP, likewise."""
     expert: Axes = "expert"
     """Experts."""
-    layers: Axes = None
+    layers: Axes = "pipeline"
     """Stacked layers."""
+    microbatch: Axes = "pipeline"
+    """Microbatches of the residual stream, where layers are split into stages."""
     batch: Axes = BATCH_AXES
     """Rows of a batch."""
     seq: Axes = "context"

@@ -3,6 +3,7 @@
 Everything here works on described devices too: it is what `plan` and the tests compile for a TPU.
 """
 
+import dataclasses
 import functools
 import threading
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,13 @@ _tracing = threading.Lock()
 @functools.lru_cache(maxsize=4)
 def _traced_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     return abstract(lambda: init_state(config, jax.random.key(0)), mesh)
+
+
+def stored_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
+    """Returns the abstract state as checkpoints hold it, with the layers in one dimension."""
+    pipeline = dataclasses.replace(config.compute.pipeline, num_repeats=1)
+    compute = dataclasses.replace(config.compute, pipeline=pipeline)
+    return abstract_state(dataclasses.replace(config, compute=compute), mesh)
 
 
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
