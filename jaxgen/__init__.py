@@ -27,6 +27,7 @@ _MODULES = {
     "nn.rope": ("RopeScaling",),
     "nn.router": ("MoEConfig",),
     "nn.stack": ("Remat",),
+    "picture": ("draw_mesh",),
     "serve.generate": ("Generator", "generate", "generate_text"),
     "serve.load": ("load_model", "split_location"),
     "serve.sampler": ("SamplingConfig",),

@@ -24,7 +24,7 @@ from jaxgen.models.decoder import ComputeConfig, DecoderConfig
 from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
-from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh
+from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh, zigzag
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
 from jaxgen.train.program import abstract_state, batch_sharding, lower_step
@@ -222,8 +222,9 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     state = jax.tree.map(lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
     state = dataclasses.replace(state, model=model)
     sharding, losses, gradients = batch_sharding(config, mesh), [], {}
+    order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):
-        batch = Batch(*(place(x, sharding) for x in rows(config, number)))
+        batch = Batch(*(place(x[:, order], sharding) for x in rows(config, number)))
         state, metrics = step(state, batch)
         losses.append(fetch(metrics["loss"]))
         if not number:

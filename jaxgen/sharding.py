@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +19,6 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("context",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MeshConfig:
     pipeline: int = 1
     """Stages, each with its own layers; microbatches go through them (compute.pipeline)."""
     context: int = 1
-    """Shards of the sequence. Not supported yet: must be 1."""
+    """Shards of every sequence, for those too long for one device."""
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
@@ -59,12 +59,6 @@ class MeshConfig:
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise UserError(f"mesh.{axis}={size}; use a positive number, or -1 for the rest")
-        for axis in UNSUPPORTED_AXES:
-            if sizes[axis] != 1:
-                raise UserError(
-                    f"mesh.{axis}={sizes[axis]} is not supported yet; "
-                    f"set mesh.{axis}=1 and split over data, fsdp or tensor"
-                )
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if free and num_devices % fixed == 0:
             return dataclasses.replace(self, **{free[0]: num_devices // fixed})
@@ -275,6 +269,22 @@ class Rules:
                     else (f"use {way}, or rules.{name}=None to replicate it")
                 )
                 raise UserError(f"{field}={size} is not divisible by {given}; {advice}")
+
+
+def zigzag(seq_len: int, shards: int) -> np.ndarray:
+    """Returns the natural place of each token of a row as it is stored on devices.
+
+    A row split over C shards is cut in 2C chunks, and shard c holds chunks c and 2C - 1 - c: in
+    causal attention, where late tokens see more than early ones, all have equally much to do.
+
+    Args:
+        seq_len: tokens of a row, a multiple of 2C.
+        shards: C; with 1 the order is the natural one.
+    """
+    if shards == 1:
+        return np.arange(seq_len)
+    early, late = np.split(np.arange(seq_len).reshape(2 * shards, -1), 2)
+    return np.stack([early, late[::-1]], axis=1).reshape(-1)
 
 
 def logical_to_mesh(axes: Axes) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ ALLOWED = {
     "distributed": BASE,
     "metrics": BASE | {"distributed", "metric_files"},
     "metric_files": {"errors"},
+    "picture": BASE,
     "nn": BASE,
     "models": BASE | {"nn"},
     "data": BASE | {"distributed", "metrics"},

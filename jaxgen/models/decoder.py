@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
-from jaxgen.nn.attention import Backend
+from jaxgen.nn.attention import Backend, ContextMethod
 from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
@@ -190,14 +190,17 @@ class ComputeConfig:
     """Of matrix products and activations; parameters are stored in float32."""
     attention: Backend = "auto"
     """Attention backend; auto takes the fastest that honours the mask on this platform."""
+    context_attention: ContextMethod = "ring"
+    """How a sequence split over `context` attends: ring passes keys and values on from device to
+    device while each computes, all_gather collects them first."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
     pipeline: Pipeline = Pipeline()
     """How a batch goes through the stages of `mesh.pipeline`."""
     gather_once: Axes = None
-    """Mesh axes over which the weights of layers are gathered once a step and their gradients reduced
-    once (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for
-    the memory of all layers in the compute dtype."""
+    """Mesh axes over which the layers' weights are gathered, and their gradients reduced, once in a
+    step (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for the memory of
+    all layers in the compute dtype."""
     expert_dispatch: Dispatch = "all_gather"
     """How tokens travel over mesh.expert: all to every device, whatever num_experts_per_tok is; or
     all_to_all, to the devices of their experts alone, which pays with a capacity."""
@@ -226,6 +229,9 @@ class KVCache(NamedTuple):
 
 class Decoder(nnx.Module):
     """A decoder-only transformer. Call it for logits; train on `loss_sums`; decode with a cache.
+
+    Where the mesh splits sequences, all [B, T] arrays, and so logits, are in zigzag order
+    (`sharding.zigzag`), in which the loader places them.
 
     Parameters are fp32, with the layers stacked along a leading dimension in which `lax.scan` runs.
     Make it inside `jax.set_mesh(mesh)`; under `jax.jit`, parameters are drawn right into their

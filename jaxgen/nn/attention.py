@@ -3,6 +3,7 @@
 B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -12,8 +13,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
+from jaxgen.sharding import Axes, logical_to_mesh
 
 Backend = Literal["auto", "xla", "splash", "cudnn"]
+ContextMethod = Literal["ring", "all_gather"]
 KERNELS: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 # Far below any score, and finite: a row that sees no key averages all of them instead of being NaN.
@@ -42,6 +45,7 @@ def attend(
     scale: float | None = None,
     in_order: bool = False,
     backend: Backend = "auto",
+    context_method: ContextMethod = "ring",
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scores) v, in q's dtype; the softmax is fp32, products accumulate in fp32.
 
@@ -49,7 +53,8 @@ def attend(
     the query's position less the key's is below `window`. A query that sees no key gets something
     finite and meaningless.
 
-    Sharding: batch and heads may be split, over any mesh axes; sequence and head_dim may not.
+    Sharding: batch and heads may be split, over any mesh axes; head_dim may not. A sequence split
+    over C devices needs `in_order`, and q, k and v stand in zigzag order (`sharding.zigzag`).
 
     Args:
         q: queries.
@@ -65,10 +70,12 @@ def attend(
         in_order: promises that queries and keys are the same tokens, that the documents of a row
             follow one another, and that positions go up by one within each, as in training. Kernels
             need it, since they tell "before" by the place in the row. Padding is exempt: what it
-            sees is unspecified.
+            sees is unspecified. Of a split sequence, it speaks of the order before zigzag.
         backend: `xla` honours everything; `splash` is the TPU kernel (on CPU it is interpreted,
             for tests); `cudnn` the NVIDIA one; `auto` the fastest that honours what is asked on
             the platform of the current mesh, which may be one of described devices.
+        context_method: how devices that hold parts of one sequence exchange keys and values: see
+            `nn/context.py`.
 
     Raises:
         UserError: the backend asked for by name cannot honour the mask on this platform.
@@ -76,7 +83,7 @@ def attend(
     Source: grouped queries: Ainslie et al. 2023, arXiv:2305.13245; soft cap: Gemma 2 report,
     arXiv:2408.00118, section 2.
     """
-    from jaxgen.nn import flash
+    from jaxgen.nn import context, flash
 
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments are given together or not at all")
@@ -84,12 +91,15 @@ def attend(
         raise ValueError(f"in_order, but {q.shape[1]} queries and {k.shape[1]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = heads_like(q, k), heads_like(q, v)
+    shards = _shards(head_spec(q)[1])
+    if shards > 1 and not in_order:
+        raise ValueError("attention over a split sequence needs in_order")
     device = mesh_device()
     packed = q_segments is not None
     refusals = {
-        "splash": lambda: flash.splash_refuses(device, q, in_order=in_order),
+        "splash": lambda: flash.splash_refuses(device, q, in_order=in_order, seq_shards=shards),
         "cudnn": lambda: flash.cudnn_refuses(
-            device, q, in_order=in_order, packed=packed, soft_cap=soft_cap
+            device, q, in_order=in_order, packed=packed, soft_cap=soft_cap, seq_shards=shards
         ),
     }
     if backend == "auto":
@@ -98,6 +108,19 @@ def attend(
             backend = "xla"
     elif backend != "xla" and (reason := refusals[backend]()):
         raise UserError(f"attention {backend!r} {reason}; use 'auto' or 'xla'")
+    if shards > 1:
+        return context.attend_split(
+            q,
+            k,
+            v,
+            q_segments,
+            window=window,
+            soft_cap=soft_cap,
+            scale=scale,
+            method=context_method,
+            device=device,
+            splash=backend == "splash",
+        )
     if backend == "splash":
         return flash.splash(
             q, k, v, q_segments, window=window, soft_cap=soft_cap, scale=scale, device=device
@@ -149,26 +172,34 @@ def head_spec(x: jax.Array) -> PartitionSpec:
     """Returns the sharding of a [B, T, N, H] array.
 
     Raises:
-        ValueError: its sequence or head dim is split.
+        ValueError: its head dim is split.
     """
     spec = jax.typeof(x).sharding.spec
     batch, seq, heads, head_dim = (*spec, None, None, None, None)[:4]
-    if seq is not None or head_dim is not None:
-        raise ValueError(f"attention over a split sequence or head_dim: {spec}")
-    return PartitionSpec(batch, None, heads, None)
+    if head_dim is not None:
+        raise ValueError(f"attention over a split head_dim: {spec}")
+    return PartitionSpec(batch, seq, heads, None)
+
+
+def _shards(axes: Axes) -> int:
+    """Returns into how many parts mesh axes split a dimension."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in logical_to_mesh(axes))
 
 
 def heads_like(q: jax.Array, kv: jax.Array) -> jax.Array:
     """Returns k or v so that every device has the kv heads of its own query heads.
 
-    They are, where both are split alike. Where kv heads are too few to split as query heads are,
-    each query head gets its own copy: a device then still holds no more than its part.
+    They are, where both are split alike. Where kv heads are whole and query heads are not, each
+    device takes its own: one for every query head, or for as many of them as it may.
     """
     spec = head_spec(q)
     if head_spec(kv) == spec:
         return kv
     group = q.shape[2] // kv.shape[2]
-    return kv.at[:, :, jnp.arange(q.shape[2]) // group].get(out_sharding=spec)
+    served = math.gcd(group, q.shape[2] // _shards(spec[2]))
+    heads = jnp.arange(0, q.shape[2], served) // group
+    return kv.at[:, :, heads].get(out_sharding=spec)
 
 
 def _xla_chunked(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *static):

@@ -137,7 +137,9 @@ class Attention(nnx.Module):
             "scale": config.attention_scale,
         }
         if cache is None:
-            return attend(q, k, v, **who, in_order=True, backend=self.compute.attention), None
+            compute = self.compute
+            who |= {"backend": compute.attention, "context_method": compute.context_attention}
+            return attend(q, k, v, **who, in_order=True), None
         assert sight.slot is not None
         return attend_cached(q, k, v, cache, sight.slot, **who)
 

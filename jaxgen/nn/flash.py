@@ -48,12 +48,19 @@ OTHER_BLOCKS = SplashBlocks(tile=512, compute=512, fused=False)
 MAX_FUSED_COPIES = 4
 
 
-def splash_refuses(device: AbstractDevice, q: jax.Array, *, in_order: bool) -> str | None:
+def splash_refuses(
+    device: AbstractDevice, q: jax.Array, *, in_order: bool, seq_shards: int = 1
+) -> str | None:
     """Returns why splash cannot take this call, or None."""
     if device.platform not in ("tpu", "cpu"):
         return f"does not run on {device.platform}"
     if not in_order:
         return "needs rows in order, with queries and keys of the same tokens"
+    if seq_shards > 1 and q.shape[1] % (2 * seq_shards * LANES):
+        return (
+            f"splits a sequence into parts of whole {2 * LANES} tokens, "
+            f"and {q.shape[1]} tokens over {seq_shards} devices are not"
+        )
     return None
 
 
@@ -85,7 +92,7 @@ def splash(
     blocks = SPLASH_BLOCKS.get(device.device_kind, OTHER_BLOCKS)
     tile = _tile(seq_len, blocks.tile)
     padded = -(-seq_len // tile) * tile
-    compute = _divisor(tile, blocks.compute)
+    compute = largest_tile(tile, blocks.compute)
     fused = blocks.fused and padded // tile <= MAX_FUSED_COPIES
     sizes = lib.BlockSizes(
         block_q=tile,
@@ -125,7 +132,7 @@ def splash(
         out_BNTH: Any = jax.vmap(row)(*heads_first)
         return out_BNTH.transpose(0, 2, 1, 3)[:, :seq_len].astype(q_BTNH.dtype)
 
-    return _on_each_device(local, head_spec(q), q, k, v, segments)
+    return on_each_device(local, head_spec(q), q, k, v, segments)
 
 
 def cudnn_refuses(
@@ -135,12 +142,15 @@ def cudnn_refuses(
     in_order: bool,
     packed: bool,
     soft_cap: float | None,
+    seq_shards: int = 1,
 ) -> str | None:
     """Returns why cuDNN cannot take this call, or None."""
     if device.platform not in ("gpu", "cuda"):
         return f"does not run on {device.platform}"
     if not in_order:
         return "needs rows in order, with queries and keys of the same tokens"
+    if seq_shards > 1:
+        return "does not attend over a split sequence"
     # As a mask, segments would become a [B, N, T, T] bias with a gradient of its own.
     if packed:
         return "cannot keep packed documents apart"
@@ -181,7 +191,7 @@ def cudnn(
             implementation="cudnn",
         )
 
-    return _on_each_device(local, head_spec(q), q, k, v)
+    return on_each_device(local, head_spec(q), q, k, v)
 
 
 def _tile(seq_len: int, most: int) -> int:
@@ -190,16 +200,16 @@ def _tile(seq_len: int, most: int) -> int:
     return -(-seq_len // (tiles * LANES)) * LANES
 
 
-def _divisor(tile: int, most: int) -> int:
-    """Returns the largest part of a tile, in whole lanes, that divides it and is at most `most`."""
-    return next(part for part in range(min(tile, most), 0, -LANES) if tile % part == 0)
+def largest_tile(length: int, most: int) -> int:
+    """Returns the largest part of a length, in whole lanes, that divides it, at most `most`."""
+    return next(part for part in range(min(length, most), 0, -LANES) if length % part == 0)
 
 
-def _on_each_device(local, spec: PartitionSpec, q, k, v, *rows):
+def on_each_device(local, spec: PartitionSpec, q, k, v, *rows):
     """Runs `local` on each device's own rows and heads: a kernel is opaque to the partitioner."""
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, *rows)
-    row_spec = PartitionSpec(spec[0], None)
+    row_spec = PartitionSpec(*spec[:2])
     specs = (spec, spec, spec, *(None if x is None else row_spec for x in rows))
     # check_vma=False: a kernel's outputs do not say over which axes they vary.
     return shard_map(local, specs, spec, q, check_vma=False)(q, k, v, *rows)

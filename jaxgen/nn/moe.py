@@ -171,12 +171,12 @@ class MoE(nnx.Module):
         token = source // local.shape[1]
         x_RD = spread(x, token, place)
         weights_R = spread(weights.reshape(-1), source, place.reshape(-1, 1))
-        gate_RF = checkpoint_name(lax.ragged_dot(x_RD, gate, sizes), "mlp_gate")
-        up_RF = checkpoint_name(lax.ragged_dot(x_RD, up, sizes), "mlp_up")
+        gate_RF = checkpoint_name(ragged_dot(x_RD, gate, sizes), "mlp_gate")
+        up_RF = checkpoint_name(ragged_dot(x_RD, up, sizes), "mlp_up")
         hidden_RF = ACTIVATIONS[self.activation](gate_RF) * up_RF
         # Weighted here and not after `down`, whose result the backward pass then has no use for.
         hidden_RF = (hidden_RF.astype(jnp.float32) * weights_R[:, None]).astype(x.dtype)
-        return collect(lax.ragged_dot(hidden_RF, down, sizes), token, place)
+        return collect(ragged_dot(hidden_RF, down, sizes), token, place)
 
 
 class Group(NamedTuple):
@@ -208,6 +208,20 @@ class Group(NamedTuple):
         split = tuple(axis for axis in axes if axis in self.token_axes)
         y = lax.psum(y, whole) if whole else y
         return lax.psum_scatter(y, split, scatter_dimension=0, tiled=True) if split else y
+
+
+def ragged_dot(
+    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """Returns group i of x times w[i]; rows after the last group are unspecified.
+
+    TPUs do no work for other groups' weights or for those rows: v5p has a kernel for it, and on v5e
+    and v6e a convolution skips tiles, though its static count of FLOPs is E times as large (libtpu
+    0.0.52). CPUs multiply all rows by all experts.
+    """
+    dims = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    # Said, for in tracing what a vmap over stages will run this is not yet a device's own product.
+    return lax.ragged_dot_general(x, w, sizes, dims, out_sharding=PartitionSpec(None, None))
 
 
 def _counts(values: Int[Array, " n"], num: int) -> Int[Array, " num"]:

@@ -5,11 +5,14 @@ k layers and hands it to the next. With R repeats a microbatch goes round R time
 layers r * S * k + s * k + j, for r < R and j < k. A stage works in R * M of R * M + S - 1 ticks;
 the rest is the bubble.
 
-Two worlds meet here. Layers run under `jax.vmap` over the stages, whose dimension is split over the
-mesh axis `pipeline`: their own explicit shardings stay valid, partial sums included, which a
-`shard_map` over one axis of an explicit mesh cannot express (jax 0.10 and 0.12). What moves between
-stages moves in a `shard_map`. Weights never move: the embedding table and the output layer are
-split over `pipeline` by their vocabulary, and microbatches wait spread over the stages.
+Layers run under `jax.vmap` over the stages, whose dimension is split over the mesh axis `pipeline`;
+what moves between stages moves in a `shard_map` of all axes. A `shard_map` over `pipeline` alone
+would do both, but the partial sums in the types of our layers are refused there by jax 0.10, and
+crash XLA's CPU compiler under 0.12.
+
+No weight ever moves between stages: the embedding table and the output layer are split over
+`pipeline` by their vocabulary, and microbatches wait spread over the stages. Of the gradients, that
+of the last norm's scale does.
 
 S stages, M microbatches, R repeats, k layers a stage and repeat, b rows a microbatch.
 Source: Huang et al. 2019, arXiv:1811.06965 (R = 1); Narayanan et al. 2021, arXiv:2104.04473,
@@ -35,7 +38,7 @@ from jaxgen.sharding import Rules, logical_to_mesh
 AXIS = "pipeline"
 T = TypeVar("T")
 
-# Whether what is traced now is a layer under `run_stages`.
+# Whether what is traced now is under `each_stage`.
 _in_stage = contextvars.ContextVar("in_stage", default=False)
 
 
@@ -102,10 +105,15 @@ class Pipeline:
         """Checks that layers divide into stages, and microbatches into what each of them holds.
 
         Raises:
-            UserError: they do not.
+            UserError: they do not, or the stages have nothing to do.
         """
         schedule = self.schedule(mesh, rules)
         if schedule is None:
+            if (stages := mesh.shape[AXIS]) > 1:
+                raise UserError(
+                    f"rules.layers={rules.layers!r} leaves mesh.pipeline={stages} without work; "
+                    'use rules.layers="pipeline", or mesh.pipeline=1'
+                )
             return
         stages, microbatches, repeats = schedule
         if num_layers % (stages * repeats):
@@ -127,16 +135,15 @@ def cut(tree: T, num: int) -> T:
     """[B, ...] -> [num, B / num, ...], row r in part r % num: each spread over the same devices."""
 
     def split(x: jax.Array) -> jax.Array:
-        spec = jax.typeof(x).sharding.spec
         parts = x.reshape(x.shape[0] // num, num, *x.shape[1:])
-        return reshard(parts.swapaxes(0, 1), P(None, *spec))
+        return reshard(parts.swapaxes(0, 1), P(None, *_spec(x)))
 
     return jax.tree.map(split, tree)
 
 
 def join(x: jax.Array) -> jax.Array:
     """The inverse of `cut`, of an array whose parts may be split over the stages."""
-    whole = reshard(x, P(None, *jax.typeof(x).sharding.spec[1:])).swapaxes(0, 1)
+    whole = reshard(x, P(None, *_spec(x)[1:])).swapaxes(0, 1)
     return whole.reshape(-1, *x.shape[2:])
 
 
@@ -186,19 +193,15 @@ def run_stages(
     one_layer = remat(body)
 
     def stage(x, layers, xs, shared):
-        before = _in_stage.set(True)
-        try:
-            return lax.scan(lambda x, layer: one_layer(x, *layer, shared), x, (layers, xs))
-        finally:
-            _in_stage.reset(before)
+        return lax.scan(lambda x, layer: one_layer(x, *layer, shared), x, (layers, xs))
 
     def work(tick, x, layers, xs, shared):
         if repeats > 1:
             layers, xs = own_layers(tick, layers, xs)
         shared = _own(tick, shared, schedule, "microbatch")
-        return jax.vmap(stage, in_axes=(0, 0, None if alike else 0, 0))(x, layers, xs, shared)
+        return each_stage(stage, (0, 0, None if alike else 0, 0))(x, layers, xs, shared)
 
-    # Else every tick would keep a copy of its stage's layers for the backward pass.
+    # Once more around all: else the layers of a repeat would be kept for every tick.
     work = remat(work)
     if repeats == 1:
         layers, xs = own_layers(jnp.int32(0), layers, xs)
@@ -277,13 +280,14 @@ def _sum_ys(y: jax.Array, schedule: Schedule) -> jax.Array:
     """[ticks, S, k, ...] -> [L, ...]: summed over microbatches, without what the bubble made."""
     ticks, stages = np.arange(schedule.ticks)[:, None], np.arange(schedule.stages)[None]
     busy, repeats, _ = schedule.at(ticks, stages)
-    # Stages here count along a dimension that is whole, so that [R, S, k] flattens into [L].
-    y = reshard(y, P(None, None, *jax.typeof(y).sharding.spec[2:]))
     sums = []
     for repeat in range(schedule.repeats):
         mine = (busy & (repeats == repeat)).reshape(*busy.shape, *[1] * (y.ndim - 2))
+        mine = jnp.broadcast_to(mine, y.shape, out_sharding=_spec(y))
         sums.append(jnp.sum(jnp.where(mine, y, jnp.zeros_like(y)), axis=0))
-    return jnp.stack(sums).reshape(-1, *y.shape[3:])
+    total = jnp.stack(sums)
+    # Whole over the stages, so that [R, S, k] flattens into [L].
+    return reshard(total, P(None, None, *_spec(total)[2:])).reshape(-1, *y.shape[3:])
 
 
 def _own(tick: jax.Array, tree: T, schedule: Schedule, what: str) -> T:
@@ -310,10 +314,23 @@ def _spec(a: jax.Array) -> P:
     return jax.typeof(a).sharding.spec
 
 
+def each_stage(stage: Callable, in_axes: Any = 0) -> Callable:
+    """Returns `jax.vmap(stage)` over a dimension that is split over `pipeline`."""
+
+    def traced(*args):
+        before = _in_stage.set(True)
+        try:
+            return stage(*args)
+        finally:
+            _in_stage.reset(before)
+
+    return jax.vmap(traced, in_axes)
+
+
 def shard_map(
     local: Callable, in_specs: Any, out_specs: Any, out: Any, *, check_vma: bool = True
 ) -> Callable:
-    """Returns `jax.shard_map(local, ...)`, which in a layer under `run_stages` is one of all axes.
+    """Returns `jax.shard_map(local, ...)`, which under `each_stage` is one of all axes.
 
     There vmap alone would leave `pipeline` to the partitioner, and it gathers what a kernel reads
     over all stages.
@@ -360,26 +377,3 @@ def shard_map(
         return stages(*args), jax.tree.map(lambda _: True, out_specs)
 
     return call
-
-
-def relayout(tree: Any, like: Any) -> Any:
-    """Returns the arrays of `tree` in the shapes and shardings of `like`, an abstract tree.
-
-    Layers are [R, L / R, ...] or [L, ...], and row by row these are the same: so this turns a state
-    of any number of repeats into that of another. Arrays that are already right are passed on; of
-    the others there are two copies while both trees live.
-    """
-
-    def move(x, target):
-        if x.shape == target.shape and x.sharding.is_equivalent_to(target.sharding, x.ndim):
-            return x
-        reshape = jax.jit(
-            jax.sharding.auto_axes(
-                lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
-            )
-        )
-        return reshape(x)
-
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
-    leaves = [move(x, target) for x, target in pairs]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -18,13 +18,13 @@ from jaxgen.errors import UserError
 from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.pipeline import relayout
 from jaxgen.train.evaluate import evaluate
 from jaxgen.train.program import (
     abstract_state,
     lower_evaluation,
     lower_step,
     make_state,
+    relayout,
     stored_state,
 )
 from jaxgen.train.start import Program, start

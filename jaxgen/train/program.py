@@ -50,6 +50,30 @@ def stored_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     return abstract_state(dataclasses.replace(config, compute=compute), mesh)
 
 
+def relayout(tree: Any, like: Any) -> Any:
+    """Returns the arrays of `tree` in the shapes and shardings of `like`, an abstract tree.
+
+    Layers are [R, L / R, ...] or [L, ...], and row by row these are the same: so this turns a state
+    of any number of repeats into that of another. Arrays that are already right are passed on; of
+    the others there are two copies while both trees live.
+    """
+
+    def move(x, target):
+        if x.shape == target.shape and x.sharding.is_equivalent_to(target.sharding, x.ndim):
+            return x
+        reshape = jax.jit(
+            jax.sharding.auto_axes(
+                lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
+            )
+        )
+        with jax.set_mesh(x.sharding.mesh):
+            return reshape(x)
+
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    leaves = [move(x, target) for x, target in pairs]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
     """Returns the shapes, dtypes and sharding of a batch on this mesh."""
     shape, sharding = (config.train.batch_size, config.train.seq_len), batch_sharding(config, mesh)

@@ -217,7 +217,7 @@ def test_splash_is_xla(packed, fused, options, monkeypatch):
 )
 def test_tiles_waste_little(seq_len, most, tile):
     assert flash._tile(seq_len, most) == tile
-    assert tile % flash._divisor(tile, 512) == 0
+    assert tile % flash.largest_tile(tile, 512) == 0
 
 
 def test_kernels_refuse_what_they_cannot_honour():

@@ -1,0 +1,379 @@
+"""Attention to some of the keys, as a part of a softmax over more of them.
+
+A part is the normalised result together with the log-sum-exp of its scores, so that parts over
+disjoint keys merge into attention over all of them; and a part's gradients follow from the
+log-sum-exp of the whole. Heads come first and queries are scaled already: q [B N T H], k and v
+[B K S H]. Two routes with one signature: splash kernels on TPU, chunked XLA everywhere.
+
+B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
+Source: Dao et al. 2022, arXiv:2205.14135, section 3.1 and appendix B.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgen.errors import UserError
+from jaxgen.nn.attention import HIDDEN, QUERY_CHUNK
+from jaxgen.nn.flash import SplashBlocks, largest_tile
+
+KERNELS = ("_splash_attention_forward", "_splash_attention_bwd_dq", "_splash_attention_bwd_dkv")
+
+
+class Part(NamedTuple):
+    """Attention to some keys: fp32, whatever the dtype of the products."""
+
+    out: jax.Array
+    """[B N T H]; 0 for a query that sees none of them."""
+    lse: jax.Array
+    """log sum exp of the scores [B N T]; HIDDEN, or less, for such a query."""
+
+
+class Where(NamedTuple):
+    """Where queries and keys stand in the row."""
+
+    q_places: jax.Array
+    """Of each query, counted from the first key [T]; keys follow one another."""
+    q_segments: jax.Array | None
+    """[B T]; None, with kv_segments, if each row is one document."""
+    kv_segments: jax.Array | None
+    """[B S]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is the same for all parts."""
+
+    window: int | None
+    soft_cap: float | None
+    blocks: SplashBlocks | None
+    """Of the splash kernels; None for XLA."""
+    chunk: int
+    """Tokens that follow one another, of queries and of keys; tiles of the kernels divide it."""
+    interpret: bool
+    """Whether kernels are interpreted, on a CPU."""
+
+
+def nothing(q: jax.Array) -> Part:
+    """Returns attention to no keys."""
+    return Part(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], HIDDEN, jnp.float32))
+
+
+def merge(one: Part, other: Part) -> Part:
+    """Returns attention to the keys of both."""
+    lse = jnp.logaddexp(one.lse, other.lse)
+    first, second = (part.out * jnp.exp(part.lse - lse)[..., None] for part in (one, other))
+    return Part(first + second, lse)
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, where: Where, options: Options, *, past: bool
+) -> Part:
+    """Returns attention to these keys.
+
+    Args:
+        q: queries, scaled.
+        k: keys.
+        v: values.
+        where: places and documents.
+        options: what all parts share.
+        past: promises that no key is after any query, so that none is hidden for that.
+    """
+    route = _xla_forward if options.blocks is None else _splash_forward
+    return route(q, k, v, where, options, past)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    where: Where,
+    options: Options,
+    whole: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    past: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns this part of dq, and dk and dv from these queries.
+
+    Args:
+        q: queries, scaled.
+        k: keys.
+        v: values.
+        where: places and documents.
+        options: what all parts share.
+        whole: of attention to all keys: the log-sum-exp [B N T], the gradient of the output
+            [B N T H], and its product with the output, summed over H [B N T].
+        past: as in `forward`.
+    """
+    route = _xla_backward if options.blocks is None else _splash_backward
+    return route(q, k, v, where, options, whole, past)
+
+
+def _num_chunks(length: int) -> int:
+    """Returns the least number of equal chunks of at most QUERY_CHUNK."""
+    return next(n for n in range(-(-length // QUERY_CHUNK), length + 1) if length % n == 0)
+
+
+def _chunks(x: Any, axis: int) -> Any:
+    """Cuts an axis into chunks, which go first; None stays None."""
+
+    def cut(x):
+        n = _num_chunks(x.shape[axis])
+        shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    return jax.tree.map(cut, x)
+
+
+def _whole(x: jax.Array, axis: int) -> jax.Array:
+    """Puts chunks together again."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B N T ...] -> [B K G T ...]."""
+    batch, heads, *rest = q.shape
+    return q.reshape(batch, k.shape[1], heads // k.shape[1], *rest)
+
+
+def _visible(where: Where, kv_places: jax.Array, window: int | None, past: bool):
+    """Returns which query sees which key [B or 1, T, S], and whether any does, segments aside."""
+    distance_TS = where.q_places[:, None] - kv_places[None]
+    within = jnp.full(distance_TS.shape, True) if past else distance_TS >= 0
+    if window is not None:
+        within &= distance_TS < window
+    visible = within[None]
+    if where.q_segments is not None and where.kv_segments is not None:
+        visible = visible & (where.q_segments[:, :, None] == where.kv_segments[:, None])
+    return visible, within.any()
+
+
+def _scores(q_BKGTH, k_BKSH, visible_BTS, soft_cap):
+    """Returns scores [B K G T S] and their derivative by the plain product."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    slope = None
+    if soft_cap is not None:
+        tanh = jnp.tanh(scores / soft_cap)
+        scores, slope = soft_cap * tanh, 1 - tanh * tanh
+    return jnp.where(visible_BTS[:, None, None], scores, HIDDEN), slope
+
+
+def _xla_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
+    """Chunk by chunk of queries and of keys; pairs of chunks that see nothing are skipped."""
+    kv_chunks = (
+        _chunks((k, v), 2), _chunks(jnp.arange(k.shape[2]), 0), _chunks(where.kv_segments, 1)
+    )  # fmt: skip
+
+    def queries(chunk):
+        q_BKGTH, q_places, q_segments = chunk
+
+        def keys(seen, chunk):
+            (k_BKSH, v_BKSH), kv_places, kv_segments = chunk
+            spans = Where(q_places, q_segments, kv_segments)
+            visible, any_visible = _visible(spans, kv_places, options.window, past)
+
+            def look():
+                scores, _ = _scores(q_BKGTH, k_BKSH, visible, options.soft_cap)
+                highest = jnp.max(scores, axis=-1)
+                probs = jnp.exp(scores - highest[..., None])
+                total = jnp.sum(probs, axis=-1)
+                out = jnp.einsum(
+                    "BKGTS,BKSH->BKGTH",
+                    (probs / total[..., None]).astype(v.dtype),
+                    v_BKSH,
+                    preferred_element_type=jnp.float32,
+                )
+                return merge(seen, Part(out, highest + jnp.log(total)))
+
+            return lax.cond(any_visible, look, lambda: seen), None
+
+        return lax.scan(keys, nothing(q_BKGTH), kv_chunks)[0]
+
+    q_chunks = (
+        _chunks(_grouped(q, k), 3), _chunks(where.q_places, 0), _chunks(where.q_segments, 1)
+    )  # fmt: skip
+    out, lse = lax.map(queries, q_chunks)
+    return Part(_whole(out, 3).reshape(q.shape), _whole(lse, 3).reshape(q.shape[:-1]))
+
+
+def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
+    """Chunk by chunk, like the forward pass; all three in fp32."""
+    kv_chunks = (
+        _chunks((k, v), 2), _chunks(jnp.arange(k.shape[2]), 0), _chunks(where.kv_segments, 1)
+    )  # fmt: skip
+
+    def queries(dkv, chunk):
+        (q_BKGTH, lse_BKGT, dout_BKGTH, delta_BKGT), q_places, q_segments = chunk
+
+        def keys(dq_BKGTH, chunk):
+            (k_BKSH, v_BKSH), kv_places, kv_segments = chunk
+            spans = Where(q_places, q_segments, kv_segments)
+            visible, any_visible = _visible(spans, kv_places, options.window, past)
+
+            def product(subscripts, *operands):
+                return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
+
+            def look():
+                scores, slope = _scores(q_BKGTH, k_BKSH, visible, options.soft_cap)
+                probs = jnp.exp(scores - lse_BKGT[..., None])
+                dv = product("BKGTS,BKGTH->BKSH", probs.astype(v.dtype), dout_BKGTH)
+                dprobs = product("BKGTH,BKSH->BKGTS", dout_BKGTH, v_BKSH)
+                dscores = probs * (dprobs - delta_BKGT[..., None])
+                dscores = (dscores if slope is None else dscores * slope).astype(q.dtype)
+                dk = product("BKGTS,BKGTH->BKSH", dscores, q_BKGTH)
+                return dq_BKGTH + product("BKGTS,BKSH->BKGTH", dscores, k_BKSH), (dk, dv)
+
+            def skip():
+                zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
+                return dq_BKGTH, (zeros, zeros)
+
+            return lax.cond(any_visible, look, skip)
+
+        zeros = jnp.zeros(q_BKGTH.shape, jnp.float32)
+        dq, more = lax.scan(keys, zeros, kv_chunks)
+        return jax.tree.map(jnp.add, dkv, more), dq
+
+    lse, dout, delta = whole
+    grouped = [_grouped(x, k) for x in (q, lse, dout, delta)]
+    q_chunks = (
+        _chunks(grouped, 3), _chunks(where.q_places, 0), _chunks(where.q_segments, 1)
+    )  # fmt: skip
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv_chunks[0])
+    (dk, dv), dq = lax.scan(queries, zeros, q_chunks)
+    return _whole(dq, 3).reshape(q.shape), _whole(dk, 2), _whole(dv, 2)
+
+
+def _kernels() -> Any:
+    """Returns the module of splash's kernels, for one pass at a time has no public door.
+
+    Raises:
+        UserError: this jax has other ones.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib
+
+    if missing := [name for name in KERNELS if not hasattr(lib, name)]:
+        raise UserError(
+            f"jax {jax.__version__} has no {missing[0]}, which attention 'splash' over a split "
+            "sequence is made of; use compute.attention='xla', or jax 0.10 to 0.12"
+        )
+    return lib
+
+
+def _mask(where: Where, num_keys: int, tile: int, options: Options, past: bool):
+    """Returns the masks of the passes over rows and over columns of tiles, and who sees whom.
+
+    The kernels' own masks are constants of the program. These are computed on the device, for on
+    each one the queries stand somewhere else: tiles that see nothing are skipped, and fetch what
+    is needed next.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    window = options.window
+    if past and window is None:
+        info = MaskInfo(None, None, None, None, None)
+        return info, info, None
+
+    def sees(q_places, kv_places):
+        distance = q_places - kv_places
+        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+    tiles = where.q_places.reshape(-1, tile)
+    first_key = jnp.arange(0, num_keys, tile)
+    visible = tiles[:, -1:] >= first_key[None]
+    if window is not None:
+        visible &= tiles[:, :1] - (first_key + tile - 1)[None] < window
+
+    def info(axis):
+        last = visible.shape[axis] - 1
+        index = lax.broadcasted_iota(jnp.int32, visible.shape, axis)
+        following = lax.cummin(jnp.where(visible, index, last), axis=axis, reverse=True)
+        return MaskInfo(
+            data_next=following[None],
+            mask_next=None,
+            block_mask=visible[None].astype(jnp.int32),
+            partial_mask_blocks=None,
+            q_sequence=where.q_places,
+        )
+
+    return info(1), info(0), sees
+
+
+def _on_rows(kernel, where: Where, *arrays):
+    """Runs kernel(*arrays of one row, segment ids) over the batch."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    if where.q_segments is None:
+        return jax.vmap(lambda *row: kernel(*row, None))(*arrays)
+
+    def row(q_segments, kv_segments, *row):
+        return kernel(*row, SegmentIds(q_segments, kv_segments))
+
+    return jax.vmap(row)(where.q_segments, where.kv_segments, *arrays)
+
+
+def _splash_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
+    lib, blocks = _kernels(), options.blocks
+    assert blocks is not None
+    tile = largest_tile(options.chunk, blocks.tile)
+    rows, _, sees = _mask(where, k.shape[2], tile, options, past)
+
+    def row(q, k, v, segment_ids):
+        out, (lse,) = lib._splash_attention_forward(
+            rows,
+            q,
+            k,
+            v,
+            segment_ids,
+            None,
+            mask_value=HIDDEN,
+            is_mqa=False,
+            block_sizes=lib.BlockSizes(tile, tile, largest_tile(tile, blocks.compute)),
+            residual_checkpoint_name=None,
+            save_residuals=True,
+            mask_function=sees,
+            attn_logits_soft_cap=options.soft_cap,
+            interpret=options.interpret,
+        )
+        return out, lse
+
+    out, lse = _on_rows(row, where, q, k, v)
+    # A query all of whose tiles were skipped has 0 / 0 and log(0).
+    seen = lse > HIDDEN
+    out = jnp.where(seen[..., None], out.astype(jnp.float32), 0.0)
+    return Part(out, jnp.where(seen, lse, HIDDEN))
+
+
+def _splash_backward(q, k, v, where: Where, options: Options, whole, past: bool):
+    lib, blocks = _kernels(), options.blocks
+    assert blocks is not None
+    tile = largest_tile(options.chunk, blocks.tile)
+    rows, columns, sees = _mask(where, k.shape[2], tile, options, past)
+    shared = {
+        "bq": tile,
+        "bkv": tile,
+        "is_mqa": False,
+        "mask_value": HIDDEN,
+        "attn_logits_soft_cap": options.soft_cap,
+        "q_layout": lib.QKVLayout.HEAD_DIM_MINOR,
+        "k_layout": lib.QKVLayout.HEAD_DIM_MINOR,
+        "v_layout": lib.QKVLayout.HEAD_DIM_MINOR,
+        "mask_function": sees,
+        "interpret": options.interpret,
+    }
+
+    def row(q, k, v, lse, dout, delta, segment_ids):
+        arrays = (q, k, v, segment_ids, None, lse, dout, delta)
+        _, dk, dv = lib._splash_attention_bwd_dkv(
+            *arrays,
+            mask_info=columns,
+            bkv_compute=largest_tile(tile, blocks.compute),
+            use_fused_bwd_kernel=False,
+            **shared,
+        )
+        return lib._splash_attention_bwd_dq(*arrays, mask_info=rows, **shared), dk, dv
+
+    return _on_rows(row, where, q, k, v, *whole)
