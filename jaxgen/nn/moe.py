@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.init import Maker, Precise
