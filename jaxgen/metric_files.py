@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxgen.errors import UserError
+from jaxgen.errors import UserError, is_of_store
 
 
 class MetricFiles:
@@ -88,9 +88,12 @@ class MetricFiles:
     def _blame_the_disk(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_of_store(error)):
+                raise
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"cannot write metrics to {self._where}: {error.strerror or error}; "
+                f"cannot write metrics to {self._where}: {reason}; "
                 "free some space, or use another --run-dir"
             ) from error
 

@@ -114,7 +114,7 @@ class MetricWriter:
     `metrics.jsonl` has each step exactly once also if the run is killed: lines of a checkpoint's
     steps are on disk before it, and lines after it are dropped when the run resumes.
 
-    An object store cannot append: for a gs:// run directory, files grow in a temporary folder and
+    An object store cannot append: for a run directory in one, files grow in a temporary folder and
     `flush` and `close` upload them whole.
     """
 

@@ -8,9 +8,10 @@ dimension has to say with `out_sharding=` where its result goes.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.errors import UserError
@@ -36,6 +37,9 @@ class MeshConfig:
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
     """Shards of the experts. Not supported yet: must be 1."""
+    across_slices: Literal["data", "pipeline"] = "data"
+    """The axis that goes from one TPU slice to the next, over the data-centre network. It must be a
+    multiple of the number of slices; all other axes stay inside a slice."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,16 +87,30 @@ def make_mesh(
     """Returns a mesh over `devices` (default: all), neighbours on the torus kept together.
 
     Use it with `jax.set_mesh(make_mesh(...))`. `devices` may be described ones
-    (`jax.experimental.topologies`), which compile but do not run.
+    (`jax.experimental.topologies`), which compile but do not run. Over several TPU slices,
+    `config.across_slices` has one slice after the other, in equal parts.
 
     Raises:
-        UserError: the sizes do not fit the devices.
+        UserError: the sizes do not fit the devices, or the axis across slices not their number.
     """
     devices = jax.devices() if devices is None else list(devices)
     config = (config or MeshConfig()).resolve(len(devices))
-    return jax.make_mesh(
-        tuple(config.sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices
+    shape, types = tuple(config.sizes.values()), (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    across, size = config.across_slices, getattr(config, config.across_slices)
+    if size % slices:
+        raise UserError(
+            f"mesh.{across}={size} goes across {slices} slices and is no multiple of their number; "
+            f"use mesh.{across}={slices}, or another mesh.across_slices"
+        )
+    between = tuple(slices if axis == across else 1 for axis in AXES)
+    inside = tuple(n // m for n, m in zip(shape, between, strict=True))
+    placed = mesh_utils.create_hybrid_device_mesh(
+        inside, between, devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def simulate_devices(num_devices: int) -> None:
@@ -140,9 +158,7 @@ class Rules:
     expert: Axes = "expert"
     """Experts."""
     layers: Axes = "pipeline"
-    """Stacked layers."""
-    microbatch: Axes = "pipeline"
-    """Microbatches of the residual stream, where layers are split into stages."""
+    """Stacked layers, and the microbatches that go through their stages."""
     batch: Axes = BATCH_AXES
     """Rows of a batch."""
     seq: Axes = "context"
@@ -207,16 +223,20 @@ class Rules:
             spec.append(axes)
         return PartitionSpec(*spec)
 
-    def gathered(self, *names: str | None) -> PartitionSpec:
+    def gathered(self, *names: str | None, over: Axes = AXES) -> PartitionSpec:
         """Returns the spec of a parameter as it is computed with: whole over all axes of tokens.
 
         `reduced` says that every device holds the same value along those axes and that the gradient
         stays a partial sum there until it reaches the stored parameter. Experts stay where they
         are: tokens come to them.
+
+        Args:
+            *names: one logical axis a dimension.
+            over: only these of the axes of tokens.
         """
         kept = logical_to_mesh(self.expert) if "expert" in names else ()
         tokens = logical_to_mesh(self.batch) + logical_to_mesh(self.seq)
-        split = [axis for axis in tokens if axis not in kept]
+        split = [axis for axis in tokens if axis in logical_to_mesh(over) and axis not in kept]
         spec = []
         for axes in self(*names):
             left = tuple(axis for axis in logical_to_mesh(axes) if axis not in split)

@@ -33,3 +33,12 @@ def _remove_the_test_cache():
     import shutil
 
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request):
+    """A bucket of each store, for all tests of a file."""
+    from buckets import serving
+
+    with serving(request.param) as found:
+        yield found

@@ -73,9 +73,9 @@ def test_shipped_config_has_the_size_of_its_name(source, low, high):
     assert low < shipped(source).model.num_params < high
 
 
-def test_fewer_than_100_fields_each_with_a_docstring():
+def test_at_most_100_fields_each_with_a_docstring():
     leaves = [field for field in fields.walk(shipped("tiny.py")) if not field.is_group]
-    assert len(leaves) < 100
+    assert len(leaves) <= 100
     assert [field.path for field in leaves if not field.doc] == []
 
 

@@ -36,7 +36,9 @@ ALLOWED = {
 }
 EVERYTHING = {"cli", "__init__", "__main__"}
 # What every layer is written in, or so light that owning it means nothing.
-SHARED = {"jax", "flax", "numpy", "jaxtyping", "etils", "jaxgen"} | set(sys.stdlib_module_names)
+SHARED = {"jax", "flax", "numpy", "jaxtyping", "etils", "fsspec", "jaxgen"} | set(
+    sys.stdlib_module_names
+)
 
 
 def imports(path):

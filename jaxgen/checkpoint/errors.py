@@ -3,6 +3,8 @@
 import errno
 import re
 
+from jaxgen.errors import is_of_store
+
 _OF_STORAGE = {
     errno.ENOSPC: "no space is left; free some, or use another run directory",
     errno.EDQUOT: "the quota is used up; free some space, or use another run directory",
@@ -25,9 +27,9 @@ def blame(error: BaseException) -> str | None:
         reason = _OF_STORAGE.get(getattr(one, "errno", None) or _named_errno(str(one)))
         if reason:
             return reason
-        # gcsfs: a bucket that is absent or closed to us.
-        if type(one).__module__.startswith("gcsfs"):
-            return str(one).strip().splitlines()[0]
+        # s3fs raises PermissionError without a number.
+        if is_of_store(one) or isinstance(one, PermissionError):
+            return (str(one).strip() or type(one).__name__).splitlines()[0]
     return None
 
 

@@ -7,25 +7,21 @@ checkpoints/00001000/scalars/...     the fields that are single arrays, such as 
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
-import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from etils import epath
 
-from jaxgen import distributed
-from jaxgen.checkpoint import record
+from jaxgen.checkpoint import address, record, s3
 from jaxgen.checkpoint.errors import blame
+from jaxgen.checkpoint.steps import Steps
 from jaxgen.checkpoint.tree import check_same_model, lookup, mesh_of, named_leaves, target, to_parts
 from jaxgen.errors import UserError
-
-_STEP_DIGITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Restored(NamedTuple):
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in a folder or below a gs:// address.
+    """The checkpoints of one run, in a folder or below a gs:// or s3:// address.
 
     Every process makes one and calls the same methods; process 0 decides for all which step is
     used. A save that fails in the background is raised by the next `save`, `check`, `wait` or
@@ -75,23 +71,14 @@ class CheckpointManager:
         Raises:
             UserError: an address that Orbax cannot write to.
         """
-        text = os.fspath(directory)
-        scheme = text.split("://")[0] if "://" in text else ""
-        if scheme not in ("", "gs"):
-            raise UserError(
-                f"checkpoints cannot be in {text}: Orbax does not write to {scheme}://; "
-                "use gs://, or a folder (a mounted bucket is one)"
-            )
-        if scheme and importlib.util.find_spec("gcsfs") is None:
-            raise UserError(f"{text} needs the package gcsfs; install it: pip install gcsfs")
-        self.directory = epath.Path(text if scheme else os.path.abspath(text))
+        where = address.resolve(directory)
+        self.directory = type(where)(os.path.abspath(where)) if address.is_local(where) else where
+        self._in_s3 = str(where).startswith(s3.SCHEME)
         self.config = config or CheckpointConfig()
+        self._steps = Steps(self.directory, self.config.timeout_s)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._own_steps: set[int] = set()
-        self._damaged: set[int] = set()
-        self._verified: set[tuple[int, str | None]] = set()
-        self._swept = False
 
     def preload(self) -> None:
         """Imports Orbax (0.4 s) in the background; call it when the first step is about to run."""
@@ -103,11 +90,21 @@ class CheckpointManager:
 
     def all_steps(self) -> list[int]:
         """Steps whose save was completed, oldest first; their content is not verified."""
-        return [step for step, complete in self._folders() if complete]
+        return self._steps.completed()
 
     def latest_step(self) -> int | None:
         """The newest step whose save was completed, or None."""
         return max(self.all_steps(), default=None)
+
+    def check_writable(self) -> None:
+        """Asks an object store whether it takes writes, before anything is computed for it.
+
+        Raises:
+            UserError: it does not (no bucket, no permission, no answer), or Orbax cannot.
+        """
+        if self._in_s3:
+            s3.teach_orbax()
+        self._steps.check_writable()
 
     def metadata(self, step: int | None = None, only: str | None = None) -> dict[str, Any]:
         """Returns what was saved beside the state of `step`, or of the newest intact step.
@@ -117,7 +114,7 @@ class CheckpointManager:
         Raises:
             UserError: there is no such step, or none that is intact.
         """
-        return self._choose(step, only).metadata
+        return self._steps.choose(step, only).metadata
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> bool:
         """Starts to save `state`; returns False if this run has saved or restored that step.
@@ -146,9 +143,11 @@ class CheckpointManager:
         orbax, context = self._orbax_context()
         try:
             if jax.process_index() == 0:
-                self._make_room(step)
+                self._steps.make_room(step)
             with context:
-                response = orbax.save_checkpointables_async(self._folder(step), to_parts(named))
+                response = orbax.save_checkpointables_async(
+                    self._steps.folder(step), to_parts(named)
+                )
         except Exception as error:
             self._raise_failed_save(step, error)
         self._own_steps.add(step)
@@ -212,8 +211,8 @@ class CheckpointManager:
                 another model; then the message has the first array that differs, and both shapes.
         """
         self.wait()
-        note = self._choose(step, only)
-        folder = self._folder(note.step)
+        note = self._steps.choose(step, only)
+        folder = self._steps.folder(note.step)
         named = [
             (f"{only}/{name}" if only else name, leaf)
             for name, leaf in named_leaves(abstract_state)
@@ -229,114 +228,13 @@ class CheckpointManager:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(state, note.step, note.metadata)
 
-    def _choose(self, step: int | None, only: str | None) -> record.Record:
-        """The record of the step to use, verified by process 0 for all."""
-        said = None
-        if jax.process_index() == 0:
-            try:
-                said = json.dumps({"step": self._find(step, only)})
-            except UserError as error:
-                said = json.dumps({"error": str(error)})
-        answer = json.loads(distributed.share("checkpoint", said, self.config.timeout_s))
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return record.read(self._folder(answer["step"]))
-
-    def _find(self, step: int | None, only: str | None) -> int:
-        if step is not None:
-            if step not in [found for found, _ in self._folders()]:
-                has = ", ".join(map(str, self.all_steps())) or "none"
-                raise UserError(f"no checkpoint of step {step} in {self.directory}; it has {has}")
-            if damage := self._damage(step, only):
-                raise UserError(f"checkpoint {self._folder(step)} cannot be used: {damage}")
-            return step
-        rejected = []
-        for candidate, complete in reversed(self._folders()):
-            damage = self._damage(candidate, only)
-            if damage is None:
-                return candidate
-            print(
-                f"jaxgen: warning: checkpoint {self._folder(candidate)} is not used: {damage}",
-                file=sys.stderr,
-                flush=True,
-            )
-            rejected.append(f"{candidate} ({damage})")
-            if complete:
-                self._damaged.add(candidate)
-        if rejected:
-            raise UserError(
-                f"no checkpoint in {self.directory} can be used: {'; '.join(rejected)}; "
-                "restore the files, or start in another run directory"
-            )
-        raise UserError(f"no checkpoint in {self.directory}; train first, or name another folder")
-
-    def _damage(self, step: int, only: str | None) -> str | None:
-        folder = self._folder(step)
-        if self._verified & {(step, only), (step, None)}:
-            return None
-        try:
-            record.verify(folder, record.read(folder), only)
-        except record.Damaged as damage:
-            return str(damage)
-        self._verified.add((step, only))
-        return None
-
-    def _folder(self, step: int) -> epath.Path:
-        return self.directory / f"{step:0{_STEP_DIGITS}d}"
-
-    def _folders(self) -> list[tuple[int, bool]]:
-        """Every step there is, oldest first, and whether its save was completed."""
-        steps = sorted(int(path.name) for path in self._entries() if path.name.isdecimal())
-        return [(step, (self._folder(step) / record.RECORD).exists()) for step in steps]
-
-    def _entries(self) -> list[epath.Path]:
-        return list(self.directory.iterdir()) if self.directory.exists() else []
-
-    def _make_room(self, step: int) -> None:
-        """Removes what interrupted saves left, once, and what a damaged one left at this step."""
-        if record.is_local(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        elif not self._swept:
-            # tensorstore asks for ever for a bucket that is absent or closed; this asks once.
-            try:
-                (self.directory / "writable").write_text("")
-                (self.directory / "writable").unlink()
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"checkpoints cannot be written to {self.directory}: there is no such bucket"
-                ) from error
-        if not self._swept:
-            for path in self._entries():
-                if "orbax-checkpoint-tmp" in path.name:
-                    path.rmtree()
-            for found, complete in self._folders():
-                if not complete:
-                    self._folder(found).rmtree()
-            self._swept = True
-        if self._folder(step).exists():
-            self._remove(step)
-
     def _complete(self, step: int, response: Any, note: record.Record) -> None:
         """Runs in the background: waits for Orbax, writes the record, applies the keep rules."""
         response.result(self.config.timeout_s)
         if jax.process_index() != 0:
             return
-        record.write(self._folder(step), note)
-        self._damaged.discard(step)
-        # Steps after this one are of a life that was rolled back: training will overwrite them.
-        steps = [s for s in self.all_steps() if s <= step and s not in self._damaged]
-        every = self.config.keep_every_steps
-        kept = steps[-self.config.keep_last :] + [s for s in steps if every and s % every == 0]
-        for old in {*steps, *self._damaged} - {*kept}:
-            self._remove(old)
-            self._damaged.discard(old)
-
-    def _remove(self, step: int) -> None:
-        folder = self._folder(step)
-        self._verified = {key for key in self._verified if key[0] != step}
-        # The record first: a folder that is half removed must not look complete.
-        (folder / record.RECORD).unlink(missing_ok=True)
-        folder.rmtree()
+        record.write(self._steps.folder(step), note)
+        self._steps.prune(step, self.config.keep_last, self.config.keep_every_steps)
 
     def _raise_failed_save(self, step: int, error: BaseException) -> NoReturn:
         if isinstance(error, UserError):
@@ -350,6 +248,9 @@ class CheckpointManager:
     def _orbax_context(self) -> tuple[Any, Any]:
         orbax = _orbax()
         context = orbax.Context()
+        if self._in_s3:
+            s3.teach_orbax()
+            context.atomicity.mode = orbax.options.AtomicityMode.COMMIT_FILE
         context.asynchronous.timeout_secs = int(self.config.timeout_s)
         # Replicas would each write a slice, and compile a slicing program for every array at the
         # first save; one process writes them all anyway.

@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxgen.checkpoint.address import is_local
+
 RECORD = "jaxgen.json"
 FORMAT = 1
 _READERS = 8
@@ -40,7 +42,7 @@ class Record:
 
 def write(folder: epath.Path, record: Record) -> None:
     """Completes the checkpoint in `folder`: records its files, in one atomic last write."""
-    record = dataclasses.replace(record, files=_measure(folder, sorted(_walk(folder))))
+    record = dataclasses.replace(record, files=_measure(folder))
     body = json.dumps({"format": FORMAT, **dataclasses.asdict(record)}, allow_nan=True)
     text = f'{{"crc32": {zlib.crc32(body.encode())}, "record":\n{body}\n}}\n'
     if not is_local(folder):
@@ -94,11 +96,6 @@ def verify(folder: epath.Path, record: Record, only: str | None = None) -> None:
             raise Damaged(f"{name} was changed after it was written (CRC-32)")
 
 
-def is_local(folder: epath.Path) -> bool:
-    """Whether this is a path of a file system and not of an object store."""
-    return "://" not in str(folder)
-
-
 def _part(name: str) -> str:
     return name.split("/", 1)[0]
 
@@ -112,14 +109,17 @@ def _walk(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield name
 
 
-def _measure(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, int | None]]:
-    """Sizes and checksums of those of the files that exist."""
+def _measure(
+    folder: epath.Path, names: list[str] | None = None
+) -> dict[str, tuple[int, int | None]]:
+    """Sizes and checksums of those of the files that exist, by default of all."""
+    if not is_local(folder):
+        return _listed(folder)
+    names = sorted(_walk(folder)) if names is None else names
 
-    def one(name: str) -> tuple[int, int | None] | None:
+    def one(name: str) -> tuple[int, int] | None:
         path = folder / name
         try:
-            if not is_local(folder):
-                return path.stat().length, None
             size = crc = 0
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):
@@ -131,3 +131,14 @@ def _measure(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, int |
     with ThreadPoolExecutor(_READERS) as readers:
         found = zip(names, readers.map(one, names), strict=True)
         return {name: measures for name, measures in found if measures}
+
+
+def _listed(folder: epath.Path) -> dict[str, tuple[int, int | None]]:
+    """Sizes of all files in an object store: one request for a thousand of them."""
+    import fsspec
+
+    store, root = fsspec.core.url_to_fs(str(folder))
+    found = {name[len(root) + 1 :]: info for name, info in store.find(root, detail=True).items()}
+    return {
+        name: (info["size"], None) for name, info in found.items() if not name.startswith(RECORD)
+    }

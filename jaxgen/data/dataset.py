@@ -61,6 +61,37 @@ class PackedData:
         return tuple(PackedRows(folder, manifest, name) for folder, manifest in pairs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a `DataConfig` names and is there, before anything is made of it."""
+
+    config: DataConfig
+    seq_len: int
+    files: tuple[list[File], ...]
+    """Of each source; none of a packed one."""
+    tokenizer: Tokenizer | None
+    """None if it is trained on the sources."""
+
+    def pack(self) -> PackedData:
+        """Does what `prepare` does, see there."""
+        config, seq_len = self.config, self.seq_len
+        cache = default_cache_dir()
+        if config.cache_dir:
+            cache = pathlib.Path(config.cache_dir).expanduser()
+        tokenizer = self.tokenizer or _train_tokenizer(config, self.files, cache)
+        folders, manifests = [], []
+        for source, files in zip(config.sources, self.files, strict=True):
+            if source.kind == "packed":
+                folder = pathlib.Path(source.path).expanduser()
+            else:
+                folder = _pack(source, files, config, tokenizer, seq_len, cache)
+            manifest = Manifest.read(folder)
+            _check(folder, manifest, tokenizer, seq_len)
+            folders.append(folder)
+            manifests.append(manifest)
+        return PackedData(config, seq_len, tokenizer, tuple(folders), tuple(manifests))
+
+
 def prepare(config: DataConfig, seq_len: int) -> PackedData:
     """Packs the sources into rows of `seq_len` tokens, unless the cache has them already.
 
@@ -71,51 +102,57 @@ def prepare(config: DataConfig, seq_len: int) -> PackedData:
         UserError: a path or tokenizer is missing or is not one, a source holds no text, packed rows
             have another length, or the cache cannot be written.
     """
+    return find(config, seq_len).pack()
+
+
+def find(config: DataConfig, seq_len: int) -> Found:
+    """Lists the files and reads the tokenizer: the part of `prepare` that is short.
+
+    Raises:
+        UserError: a path or tokenizer is missing or is not one, or packed rows do not fit.
+    """
     if seq_len < 2:
         raise UserError(f"seq_len={seq_len}; a row needs at least 2 tokens, one to predict another")
-    cache = pathlib.Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    files = [
+    files = tuple(
         [] if source.kind == "packed" else sources.list_files(source) for source in config.sources
-    ]
-    tokenizer = _tokenizer(config, files, cache)
-    folders, manifests = [], []
-    for source, its_files in zip(config.sources, files, strict=True):
+    )
+    tokenizer = None
+    if config.tokenizer == "bytes":
+        tokenizer = Tokenizer.from_bytes()
+    elif config.tokenizer != "bpe":
+        tokenizer = Tokenizer.load(config.tokenizer)
+    elif not any(files):
+        raise UserError("data.tokenizer=bpe has no text to train on; give a tokenizer.json")
+    elif not any(file.size for its_files in files for file in its_files):
+        names = ", ".join(source.name for source in config.sources if source.kind != "packed")
+        raise UserError(f"{names} holds no text to train a tokenizer on; check the data source")
+    for source in config.sources:
         if source.kind == "packed":
             folder = pathlib.Path(source.path).expanduser()
-        else:
-            folder = _pack(source, its_files, config, tokenizer, seq_len, cache)
-        manifest = Manifest.read(folder)
-        _check(folder, manifest, tokenizer, seq_len)
-        folders.append(folder)
-        manifests.append(manifest)
-    return PackedData(config, seq_len, tokenizer, tuple(folders), tuple(manifests))
+            _check(folder, Manifest.read(folder), tokenizer, seq_len)
+    return Found(config, seq_len, files, tokenizer)
 
 
-def _check(folder: pathlib.Path, manifest: Manifest, tokenizer: Tokenizer, seq_len: int) -> None:
+def _check(
+    folder: pathlib.Path, manifest: Manifest, tokenizer: Tokenizer | None, seq_len: int
+) -> None:
     if manifest.seq_len != seq_len:
         longer = "longer" if seq_len > manifest.seq_len else "shorter"
         raise UserError(
             f"seq_len={seq_len} is {longer} than the packed rows of {folder} ({manifest.seq_len} "
             f"tokens); use seq_len={manifest.seq_len}, or pack the documents again"
         )
-    if manifest.tokenizer != tokenizer.fingerprint:
+    if tokenizer and manifest.tokenizer != tokenizer.fingerprint:
         raise UserError(
             f"{folder} was packed with another tokenizer; set data.tokenizer={folder}, "
             "which holds the one it was packed with"
         )
 
 
-def _tokenizer(config: DataConfig, files: list[list[File]], cache: pathlib.Path) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return Tokenizer.from_bytes()
-    if config.tokenizer != "bpe":
-        return Tokenizer.load(config.tokenizer)
+def _train_tokenizer(
+    config: DataConfig, files: tuple[list[File], ...], cache: pathlib.Path
+) -> Tokenizer:
     pairs = [pair for pair in zip(config.sources, files, strict=True) if pair[1]]
-    if not pairs:
-        raise UserError("data.tokenizer=bpe has no text to train on; give a tokenizer.json")
-    if not any(file.size for _, files in pairs for file in files):
-        names = ", ".join(source.name for source, _ in pairs)
-        raise UserError(f"{names} holds no text to train a tokenizer on; check the data source")
     key = _hash([FORMAT, config.bpe_vocab_size, [_identity(*pair) for pair in pairs]])
 
     def build(folder: pathlib.Path) -> None:

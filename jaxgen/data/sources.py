@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal, get_args
 
-from jaxgen.errors import UserError
+from jaxgen.errors import UserError, is_of_store
 
 Kind = Literal["stdlib", "text", "jsonl", "parquet", "packed"]
 
@@ -292,3 +292,7 @@ def _advice(url: str) -> Iterator[None]:
         if "Protocol not known" not in str(error):
             raise
         raise UserError(f"{url}: {error}; use a path, gs://, s3:// or another fsspec URL") from None
+    except Exception as error:
+        if not is_of_store(error):
+            raise
+        raise UserError(f"{url} cannot be used: {error}") from None

@@ -26,7 +26,7 @@ from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
 from jaxgen.nn.rope import RopeScaling, rotation
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.nn.stream import enter
-from jaxgen.sharding import Rules
+from jaxgen.sharding import Axes, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,10 @@ class ComputeConfig:
     """What is kept for the backward pass, and where."""
     pipeline: Pipeline = Pipeline()
     """How a batch goes through the stages of `mesh.pipeline`."""
+    gather_once: Axes = None
+    """Mesh axes over which the layers' weights are gathered once a step, and their gradients
+    reduced once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    the memory of all layers in the compute dtype."""
 
 
 class KVCache(NamedTuple):
@@ -253,6 +257,11 @@ class Decoder(nnx.Module):
         if schedule := self.schedule:
             if cache is not None:
                 raise UserError("a pipeline has no cache; decode on a mesh with pipeline=1")
+            if self.compute.gather_once:
+                raise UserError(
+                    f"compute.gather_once={self.compute.gather_once!r} in a pipeline would add up "
+                    f"the gradients of all microbatches in {self.compute.dtype}; set it to None"
+                )
             xs = np.asarray(kinds)
             kind_of = (lambda local: local) if schedule.alike(xs) else Mixed
 
@@ -273,7 +282,10 @@ class Decoder(nnx.Module):
         layer_caches = None if cache is None else cache.layers
         if cache is None:
             body = self.compute.remat.wrap(body)
-        x, layer_caches = run(self.layers, body, x, (local, layer_caches))
+        layers = self.layers
+        if self.compute.gather_once:
+            layers = gather(layers, rules, self.dtype, self.compute.gather_once)
+        x, layer_caches = run(layers, body, x, (local, layer_caches))
         if cache is not None:
             cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
         return self.norm(x), cache

@@ -137,11 +137,13 @@ def embed(
         tuple(axis for axis in logical_to_mesh(axes) if axis in vocab_axes) for axes in spec
     ]
     summed = tuple(axis for axis in vocab_axes if axis not in sum(scattered, ()))
+    replicas = tuple(a for a in logical_to_mesh(rules.batch) + seq_axes if a not in embed_axes)
 
     def dim_of(axis):
         return cut + int(axis in seq_axes)
 
     def lookup(table, tokens):
+        table = _replica(table, replicas, dtype) if replicas else table
         for axis in embed_axes:
             tokens = lax.all_gather(tokens, axis, axis=dim_of(axis), tiled=True)
         local = tokens - (lax.axis_index(vocab_axes) * table.shape[0] if vocab_axes else 0)
@@ -165,6 +167,22 @@ def embed(
         out_specs=P(*(axes or None for axes in split)),
     )(table, tokens)
     return reshard(found, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _replica(x: jax.Array, axes: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+    """A value that is equal along mesh axes, and whose gradient is added up over them in `dtype`.
+
+    Each device's part is complete then: only what travels is rounded, as with all other weights.
+    """
+    return lax.pcast(x, axes, to="varying")
+
+
+def _replica_backward(axes, dtype, _, gradient):
+    return (lax.psum(gradient.astype(dtype), axes).astype(gradient.dtype),)
+
+
+_replica.defvjp(lambda x, axes, dtype: (_replica(x, axes, dtype), None), _replica_backward)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

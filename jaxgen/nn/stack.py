@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 
 from jaxgen.nn.init import Elementwise
-from jaxgen.sharding import Rules
+from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 
 M = TypeVar("M", bound=nnx.Module)
 Keep = Literal["remat", "keep", "offload"]
@@ -69,17 +69,30 @@ class Remat:
         return jax.checkpoint(body, policy=policy)
 
 
-def gather(module: M, rules: Rules, dtype: jnp.dtype) -> M:
+def gather(module: M, rules: Rules, dtype: jnp.dtype, over: Axes = AXES) -> M:
     """Returns the module with its parameters whole over `fsdp`, cast to `dtype` before they travel.
 
     The gradient of a gathered parameter stays a partial sum on each device until it reaches the
     stored shard, where it is reduced once, over all axes that split the batch.
+
+    Args:
+        module: one layer, or a stack of them.
+        rules: those of the current mesh.
+        dtype: of the products.
+        over: the mesh axes to gather over, of those that split the tokens.
     """
 
     def whole(param: nnx.Param) -> nnx.Param:
         value = param[...].astype(dtype)
         if not isinstance(param, Elementwise):
-            value = reshard(value, rules.gathered(*param.axes))
+            axes = ("layers",) * (value.ndim - len(param.axes)) + param.axes
+            gathered = rules.gathered(*axes, over=over)
+            now = jax.typeof(value).sharding.spec.partitions
+            # In two steps, for the gradient's sake: it is scattered over the axes that split the
+            # parameter first, so that only a shard of it is added up over the others.
+            others = gathered.reduced - {axis for dim in now for axis in logical_to_mesh(dim)}
+            value = reshard(value, PartitionSpec(*now, reduced=others))
+            value = reshard(value, gathered)
         return type(param)(value, axes=param.axes)
 
     return jax.tree.map(whole, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))

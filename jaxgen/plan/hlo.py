@@ -7,7 +7,10 @@ not part of JAX's interface.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 # A line `%name (parameters) -> result {` opens a computation; the rest are its instructions.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -62,14 +65,33 @@ class Collective:
     dtype: str
     num_bytes: int
     """Of the whole array: what a gather returns, what a reduction takes."""
-    group_size: int
-    """Devices that take part with each other."""
+    group: tuple[int, ...]
+    """Devices, by their place in the mesh, that take part with the first of them; of a permutation
+    all that send or receive."""
+    pairs: tuple[tuple[int, int], ...]
+    """Of a permutation: who sends to whom."""
     trips: int
     """Times it runs in one call of the program."""
     asynchronous: bool
     """Whether computation may run while it does."""
+    hidden: bool
+    """Whether matrix products or kernels do, by the schedule."""
     op_name: str
     """The JAX operation it came from."""
+
+    @property
+    def group_size(self) -> int:
+        """Devices that take part with each other."""
+        return len(self.group)
+
+    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """The mesh axes that it runs over: those in which devices of one group differ."""
+        linked = self.pairs or [(self.group[0], other) for other in self.group]
+        sizes = tuple(mesh_shape.values())
+        ends = np.unravel_index(np.array(linked), sizes)
+        return tuple(
+            axis for axis, at in zip(mesh_shape, ends, strict=True) if (at[:, 0] != at[:, 1]).any()
+        )
 
     @property
     def wire_bytes(self) -> float:
@@ -81,6 +103,21 @@ class Collective:
             return float(self.num_bytes * self.trips)
         rounds = 2 if self.kind == "all-reduce" else 1
         return rounds * self.num_bytes * self.trips * (self.group_size - 1) / self.group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One array that a TPU sends to other slices, over the data-centre network."""
+
+    kind: str
+    """What it is part of: all-reduce, all-gather, one-to-one (of a permutation), ..."""
+    dtype: str
+    num_bytes: int
+    """What each device hands over."""
+    trips: int
+    """Times it runs in one call of the program."""
+    op_name: str
+    """The JAX operation it came from, as far as it is written."""
 
 
 class Program:
@@ -98,6 +135,13 @@ class Program:
                 self.entry = opened[2] if opened[1] else self.entry
             elif instruction := _INSTRUCTION.match(line):
                 body.append(Instruction(*instruction.groups()))
+        # A TPU's reduce-scatter is a fusion of an all-reduce and a slice, run by its own algorithm.
+        self._scatters = {
+            instruction.name
+            for name, body in self.computations.items()
+            if name.startswith("all-reduce-scatter")
+            for instruction in body
+        }
         if not self.entry:
             raise ValueError("not the text of a compiled program: it has no ENTRY computation")
 
@@ -130,6 +174,7 @@ class Program:
         """Returns all exchanges between devices, one for each array."""
         found: list[Collective] = []
         chains: set[tuple[str, str]] = set()
+        hidden = self._hidden()
         for instruction, trips in self.executed():
             match = _COLLECTIVE.match(instruction.opcode)
             if not match:
@@ -137,14 +182,17 @@ class Program:
             kind, start = match[1], bool(match[2])
             # A TPU runs a collective beside the fusions between its start and its end; each of them
             # repeats it, with the same chain and channel.
-            chain = instruction.attribute(r'chain_id="(\d+)"')
+            chain, channel = _chain(instruction)
             if chain is not None:
-                channel = instruction.attribute(r"channel_id=(\d+)") or ""
                 if (chain, channel) in chains:
                     continue
                 chains.add((chain, channel))
-            group = self._group_size(instruction)
+            pairs = self._pairs(instruction)
+            group = tuple(sorted({n for pair in pairs for n in pair})) or self._group(instruction)
             arrays = instruction.arrays
+            whole = len(group) if kind == "reduce-scatter" else 1
+            if instruction.name in self._scatters:
+                kind = "reduce-scatter"
             # A start returns its operands too.
             if start and kind == "all-gather":
                 arrays = arrays[len(arrays) // 2 :]
@@ -154,15 +202,64 @@ class Program:
                 Collective(
                     kind=kind,
                     dtype=dtype,
-                    num_bytes=num_bytes * (group if kind == "reduce-scatter" else 1),
-                    group_size=group,
+                    num_bytes=num_bytes * whole,
+                    group=group,
+                    pairs=pairs,
                     trips=trips,
                     asynchronous=start or chain is not None,
+                    hidden=(chain, channel) in hidden if chain else instruction.name in hidden,
                     op_name=instruction.op_name,
                 )
                 for dtype, num_bytes in arrays
             ]
         return [collective for collective in found if collective.group_size > 1]
+
+    def _hidden(self) -> set[Any]:
+        """What runs beside products: (chain, channel) of fusions, names of other starts."""
+        products: dict[str, bool] = {}
+
+        def has_product(name: str) -> bool:
+            if name not in products:
+                products[name] = any(map(is_product, self.computations.get(name, ())))
+            return products[name]
+
+        def is_product(instruction: Instruction) -> bool:
+            if instruction.opcode in ("convolution", "dot"):
+                return True
+            if instruction.opcode == "custom-call":
+                return "tpu_custom_call" in instruction.rest
+            return any(map(has_product, _CALLED.findall(instruction.rest)))
+
+        hidden: set[Any] = set()
+        for name, body in self.computations.items():
+            for at, instruction in enumerate(body):
+                match = _COLLECTIVE.match(instruction.opcode)
+                if not match:
+                    continue
+                chain = _chain(instruction)
+                if chain[0] is not None and has_product(name):
+                    hidden.add(chain)
+                elif match[2]:
+                    ends = f"%{instruction.name})"
+                    rest = body[at + 1 :]
+                    until = next((i for i, other in enumerate(rest) if ends in other.rest), 0)
+                    if any(map(is_product, rest[:until])):
+                        hidden.add(instruction.name)
+        return hidden
+
+    def transfers(self) -> list[Transfer]:
+        """Returns all arrays that go to other slices; those inside a slice are collectives."""
+        found = []
+        for instruction, trips in self.executed():
+            kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+            if instruction.opcode != "send" or kind is None:
+                continue
+            # A send returns what it sends, a counter and a token.
+            dtype, num_bytes = instruction.arrays[0]
+            name = instruction.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"') or ""
+            kind = kind.lower().replace("_", "-")
+            found.append(Transfer(kind, dtype, num_bytes, trips, instruction.op_name or name))
+        return found
 
     def _trips(self, loop: Instruction) -> int:
         known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
@@ -181,15 +278,39 @@ class Program:
                 return constants[bound]
         raise ValueError(f"loop {loop.name} ({loop.op_name}) does not say how often it runs")
 
-    def _group_size(self, instruction: Instruction) -> int:
-        if instruction.opcode.startswith("collective-permute"):
-            return self.num_devices
-        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.rest)
-        if named:
-            sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-        listed = instruction.attribute(r"replica_groups=\{\{([\d,]+)\}")
-        if listed:
-            return listed.count(",") + 1
-        tiled = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]")
-        return int(tiled) if tiled else self.num_devices
+    def _pairs(self, instruction: Instruction) -> tuple[tuple[int, int], ...]:
+        listed = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}") or ""
+        pairs = re.findall(r"\{(\d+),(\d+)\}", listed)
+        return tuple((int(source), int(target)) for source, target in pairs)
+
+    def _group(self, instruction: Instruction) -> tuple[int, ...]:
+        """The first of the groups that take part with each other, in one of four notations."""
+        text = instruction.rest
+        if named := re.search(
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{", text
+        ):
+            sizes = {axis: int(n) for axis, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+            taken = re.findall(r"'([^']+)'", text[named.end() :].split("}")[0])
+            ids = _device_ids(named[2] or f"[{math.prod(sizes.values())}]")
+            first = tuple(slice(None) if axis in taken else 0 for axis in sizes)
+            return tuple(ids.reshape(tuple(sizes.values()))[first].flatten().tolist())
+        if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+            return tuple(map(int, listed.split(",")))
+        if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\]\S*),", text):
+            return tuple(_device_ids(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
+        return tuple(range(self.num_devices))
+
+
+def _chain(instruction: Instruction) -> tuple[str | None, str]:
+    """What the parts of one asynchronous collective of a TPU have in common."""
+    chain = instruction.attribute(r'chain_id="(\d+)"')
+    return chain, instruction.attribute(r"channel_id=(\d+)") or ""
+
+
+def _device_ids(text: str) -> np.ndarray:
+    """Reads `[2,4]T(1,0)`, which is arange(8) as [2, 4], transposed, or the ids one by one."""
+    if iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = tuple(map(int, iota[1].split(",")))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(tuple(map(int, iota[2].split(",")))) if iota[2] else ids).flatten()
+    return np.array([int(n) for n in text.split(",")])

@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from jaxgen.checkpoint import address
 from jaxgen.checkpoint.manager import CheckpointManager
 from jaxgen.config import CHECKPOINTS, FILE_NAME, TOKENIZER, TrainConfig
 from jaxgen.data.tokenizer import Tokenizer
@@ -20,11 +21,12 @@ def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]
     """Returns the run directory, and the step if `location` is RUN/checkpoints/STEP.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or its store cannot be reached.
     """
-    path = epath.Path(location)
-    if (path / FILE_NAME).exists():
-        return path, None
+    path = address.resolve(location)
+    with address.reaching(path):
+        if (path / FILE_NAME).exists():
+            return path, None
     if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, int(path.name)
     raise UserError(

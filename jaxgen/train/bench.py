@@ -1,11 +1,9 @@
 """What a training run costs on the devices at hand: its start, its steps and its memory."""
 
-import concurrent.futures
 import dataclasses
 import importlib.metadata
 import os
 import platform
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgen import __version__
-from jaxgen.compiler import compiler_options
-from jaxgen.data.dataset import prepare
-from jaxgen.data.loader import Batches, Loader
-from jaxgen.data.tokenizer import check_vocab
+from jaxgen.data.loader import Batches
 from jaxgen.errors import UserError
 from jaxgen.metrics import mfu
-from jaxgen.sharding import make_mesh
-from jaxgen.train.program import batch_sharding, lower_step, make_state
+from jaxgen.train.program import lower_step, make_state
+from jaxgen.train.start import start
 from jaxgen.train.step import TrainState
 
 if TYPE_CHECKING:
@@ -30,7 +25,6 @@ if TYPE_CHECKING:
 
 # The second step is the first whose dispatch runs beside another step: it is not timed either.
 WARMUP_STEPS = 2
-_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
 def bench_train(
@@ -69,28 +63,21 @@ def bench_train(
     if steps < 1:
         raise UserError(f"--steps {steps}; use 1 or more")
     started_s = time.perf_counter() if started_s is None else started_s
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    config.check(mesh)
-    with jax.set_mesh(mesh), concurrent.futures.ThreadPoolExecutor(1, "compile") as pool:
-        compiling = pool.submit(_compile, config, mesh)
-        begin = time.perf_counter()
-        packed = prepare(config.data, config.train.seq_len)
-        check_vocab(packed.tokenizer, config.model.vocab_size)
-        loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
-        data_s = time.perf_counter() - begin
+    with start(config, mesh, lower_step) as begun:
+        mesh = begun.mesh
         begin = time.perf_counter()
         state = jax.block_until_ready(make_state(config, mesh))
         state_s = time.perf_counter() - begin
-        program = compiling.result()
-        with loader.batches(0, steps + WARMUP_STEPS) as batches:
-            timed = _time_steps(program.step, state, batches)
+        program = begun.programs[0].result()
+        with begun.loader.batches(0, steps + WARMUP_STEPS) as batches:
+            timed = _time_steps(program.run, state, batches)
     times = np.diff(timed.ends_s)[WARMUP_STEPS - 1 :]
     wall_s = float(times.sum())
     tokens_per_s = sum(timed.tokens[WARMUP_STEPS:]) / wall_s
     return {
         "name": config.name,
         "first_step_s": timed.ends_s[0] - started_s,
-        "data_s": data_s,
+        "data_s": begun.data_s,
         "state_s": state_s,
         "lower_s": program.lower_s,
         "compile_s": program.compile_s,
@@ -105,7 +92,7 @@ def bench_train(
         ),
         "data_wait_share": sum(timed.waits_s[WARMUP_STEPS:]) / wall_s,
         "peak_memory_measured_bytes": _measured_peak(mesh),
-        "peak_memory_compiled_bytes": _compiled_peak(program.step),
+        "peak_memory_compiled_bytes": _compiled_peak(program.run),
         "model_params": config.model.num_params,
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
@@ -161,37 +148,6 @@ def table(results: dict[str, Any]) -> str:
         lines[label] = text
     width = max(map(len, lines))
     return "\n".join(f"{label:{width}}  {text}" for label, text in lines.items())
-
-
-@dataclasses.dataclass
-class _Program:
-    step: jax.stages.Compiled
-    lower_s: float
-    compile_s: float
-    cache: str
-
-
-def _compile(config: "TrainConfig", mesh: Mesh) -> _Program:
-    """`compile_step` in its two parts, and whether the second came from the cache."""
-    me, hits = threading.get_ident(), []
-
-    def listen(event: str, **_: Any) -> None:
-        # JAX calls this in the thread that compiles; others compile small programs meanwhile.
-        if event == _CACHE_HIT and threading.get_ident() == me:
-            hits.append(event)
-
-    begin = time.perf_counter()
-    lowered = lower_step(config, mesh)
-    lower_s = time.perf_counter() - begin
-    jax.monitoring.register_event_listener(listen)
-    try:
-        begin = time.perf_counter()
-        step = lowered.compile(compiler_options=compiler_options(mesh))
-        compile_s = time.perf_counter() - begin
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-    on = jax.config.values.get("jax_compilation_cache_dir")
-    return _Program(step, lower_s, compile_s, "hit" if hits else "miss" if on else "off")
 
 
 @dataclasses.dataclass

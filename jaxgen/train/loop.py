@@ -1,6 +1,5 @@
 """The training loop: what a run does, from start or resume to its last checkpoint."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 from concurrent.futures import Future
@@ -10,26 +9,25 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from jaxgen.checkpoint.address import resolve
 from jaxgen.checkpoint.manager import CheckpointManager
-from jaxgen.data.dataset import PackedData, prepare
+from jaxgen.data.dataset import PackedData
 from jaxgen.data.loader import Loader
-from jaxgen.data.tokenizer import check_vocab
 from jaxgen.distributed import Preemption
 from jaxgen.errors import UserError
 from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
-from jaxgen.sharding import make_mesh
 from jaxgen.train.evaluate import evaluate
 from jaxgen.train.program import (
     abstract_state,
-    batch_sharding,
-    compile_evaluation,
-    compile_step,
+    lower_evaluation,
+    lower_step,
     make_state,
     relayout,
     stored_state,
 )
+from jaxgen.train.start import Program, start
 from jaxgen.train.step import TrainState
 
 if TYPE_CHECKING:
@@ -75,24 +73,19 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
     """
     from jaxgen.config import CHECKPOINTS, TOKENIZER, save_config
 
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    config.check(mesh)
-    run_dir = epath.Path(run_dir)
+    run_dir = resolve(run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        # Compiling takes one core and most of the start; data and parameters get ready meanwhile.
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2, "compile"))
-        train_step = pool.submit(compile_step, config, mesh)
-        evaluation = None
-        if config.eval.every_steps:
-            evaluation = pool.submit(compile_evaluation, config, mesh)
-        packed = prepare(config.data, config.train.seq_len)
-        check_vocab(packed.tokenizer, config.model.vocab_size)
-        loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
         checkpoints = stack.enter_context(
             CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint)
         )
-        state, first = _start(config, mesh, checkpoints, packed)
+        checkpoints.check_writable()
+        programs = [lower_step]
+        if config.eval.every_steps:
+            programs.append(lower_evaluation)
+        begun = stack.enter_context(start(config, mesh, *programs))
+        mesh, loader, packed = begun.mesh, begun.loader, begun.loader.packed
+        train_step, *evaluation = begun.programs
+        state, first = _resume(config, mesh, checkpoints, packed)
         if first == config.train.steps and jax.process_index() == 0:
             print(f"{run_dir} has done all of its {first} steps", flush=True)
         about = {"config": to_json(config), "data": packed.fingerprint}
@@ -109,7 +102,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
                 devices=mesh.devices.flatten().tolist(),
             )
         )
-        held_out = _HeldOut(config, loader, evaluation)
+        held_out = _HeldOut(config, loader, *evaluation)
         if first == 0 and held_out.every:
             metrics.write(0, {}, **held_out(state.model))
         checkpoints.preload()
@@ -117,7 +110,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         batches = stack.enter_context(loader.batches(first, config.train.steps))
         preemption = stack.enter_context(Preemption())
         for step, batch in enumerate(batches, start=first + 1):
-            state, values = train_step.result()(state, batch)
+            state, values = train_step.result().run(state, batch)
             _stop_if_broken(config, metrics.write(step, values, data_wait_s=batches.wait_s))
             checkpoints.check()
             last, stopping = step == config.train.steps, preemption.reached(step)
@@ -134,7 +127,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
     return state
 
 
-def _start(
+def _resume(
     config: "TrainConfig", mesh: Mesh, checkpoints: CheckpointManager, packed: PackedData
 ) -> tuple[TrainState, int]:
     """Returns the newest state of the run, or a fresh one, and how many steps it has done."""
@@ -173,7 +166,9 @@ def _check_same_data(
 class _HeldOut:
     """Evaluates on the same held-out batches every time; they stay on the devices."""
 
-    def __init__(self, config: "TrainConfig", loader: Loader, evaluation: Future | None):
+    def __init__(
+        self, config: "TrainConfig", loader: Loader, evaluation: Future[Program] | None = None
+    ):
         self.every = config.eval.every_steps
         self.evaluation = evaluation
         self.batches = list(loader.held_out(config.eval.batches)) if self.every else []
@@ -186,7 +181,7 @@ class _HeldOut:
     def __call__(self, model: Decoder) -> dict[str, float]:
         """Returns eval_loss and eval_bits_per_byte."""
         assert self.evaluation is not None
-        compiled = self.evaluation.result()
+        compiled = self.evaluation.result().run
         return evaluate(compiled, model, self.batches, bytes_per_token=self.bytes_per_token)
 
 

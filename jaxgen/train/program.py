@@ -4,6 +4,8 @@ Everything here works on described devices too: it is what `plan` and the tests 
 """
 
 import dataclasses
+import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +29,17 @@ def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
 
 def abstract_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     """Returns the shapes, dtypes and shardings of a state on this mesh; computes nothing."""
+    with _tracing:
+        leaves, structure = jax.tree.flatten(_traced_state(config, mesh))
+    return jax.tree.unflatten(structure, leaves)
+
+
+# A start asks in several threads at once, and once more to restore; it traces for the first.
+_tracing = threading.Lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _traced_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     return abstract(lambda: init_state(config, jax.random.key(0)), mesh)
 
 
@@ -113,9 +126,8 @@ def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
     return lower_step(config, mesh).compile(compiler_options=compiler_options(mesh))
 
 
-def compile_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
-    """Returns (model, batch) -> the sums that `evaluate` adds up."""
+def lower_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Lowered:
+    """Returns (model, batch) -> the sums that `evaluate` adds up, traced for this mesh."""
     with jax.set_mesh(mesh):
         model, batch = abstract_state(config, mesh).model, abstract_batch(config, mesh)
-        lowered = jax.jit(evaluate_batch).lower(model, batch)
-        return lowered.compile(compiler_options=compiler_options(mesh))
+        return jax.jit(evaluate_batch).lower(model, batch)

@@ -294,8 +294,15 @@ def test_nothing_there(tmp_path, mesh):
 
 
 def test_what_orbax_cannot_write_to_is_refused():
-    with pytest.raises(UserError, match="Orbax does not write to s3://; use gs://, or a folder"):
-        CheckpointManager("s3://bucket/run")
+    with pytest.raises(UserError, match="Orbax does not write to hdfs://; use gs://, s3://,"):
+        CheckpointManager("hdfs://cluster/run")
+
+
+@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3")])
+def test_a_store_whose_client_is_not_installed_is_one_line(monkeypatch, scheme, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"install it: pip install 'jaxgen\[{extra}\]'"):
+        CheckpointManager(f"{scheme}://bucket/run")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,42 @@ def test_what_the_tpu_compiler_writes():
     )
 
 
+def test_the_axes_of_a_group_are_those_its_devices_differ_in():
+    gather, sync, first, _ = Program(TPU_TEXT).collectives()
+    mesh = {"data": 2, "fsdp": 2, "tensor": 4}
+    assert gather.axes(mesh) == ("data", "fsdp", "tensor")
+    assert sync.group == tuple(range(8))
+    assert sync.axes(mesh) == ("fsdp", "tensor")
+    assert first.axes(mesh) == ("tensor",)
+    strided = TPU_TEXT.replace("[2,8]<=[16]", "[8,2]<=[2,8]T(1,0)")
+    assert Program(strided).collectives()[1].axes(mesh) == ("data",)
+    turned = TPU_TEXT.replace("'b'=4] {'a','b'}", "'b'=4], device_ids=([4,4]T(1,0)) {'a'}")
+    assert Program(turned).collectives()[0].axes(mesh) == ("tensor",)
+
+
+def test_a_fused_reduction_and_slice_is_a_reduce_scatter():
+    fused = TPU_TEXT.replace("%start (p", "%all-reduce-scatter.4 (p").replace("calls=%start", "x=y")
+    fused = fused.replace("calls=%done", "calls=%all-reduce-scatter.4")
+    fused = fused.replace("all-gather(%p), channel_id=3", "all-reduce(%p), channel_id=3")
+    first = Program(fused).collectives()[0]
+    assert (first.kind, first.num_bytes) == ("reduce-scatter", 4096 * 128 * 2)
+    assert first.wire_bytes == 32 * 4096 * 128 * 2 * 15 / 16
+
+
+def test_a_permutation_runs_over_the_axis_it_shifts():
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))):
+
+        def shift(x):
+            return lax.ppermute(x, "tensor", [(i, (i + 1) % 4) for i in range(4)])
+
+        shifted = jax.shard_map(shift, in_specs=P("tensor"), out_specs=P("tensor"))
+        x = jax.device_put(jnp.zeros((8, 16)), P("tensor"))
+        (moved,) = Program(jax.jit(shifted).lower(x).compile().as_text()).collectives()
+    assert (moved.kind, moved.wire_bytes) == ("collective-permute", 2 * 16 * 4)
+    assert len(moved.pairs) == 8
+    assert moved.axes({"fsdp": 2, "tensor": 4}) == ("tensor",)
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     with pytest.raises(ValueError, match=r"while\.1"):
         Program(TPU_TEXT.replace("direction=LT", "direction=NE")).collectives()

@@ -3,6 +3,7 @@
 Bytes and bounds are those of one device unless said otherwise.
 """
 
+import collections
 import math
 import re
 from pathlib import Path
@@ -94,18 +95,32 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once(config, collectiv
     assert sum(c.num_bytes * c.trips for c in collectives) <= 2 * parameters + parameters
 
 
-def test_communication_runs_beside_computation(config, collectives):
+def test_communication_runs_beside_products(config, collectives):
     """Of the gathers and of the reductions in the layers; those of the head stand alone."""
-    in_layers = [c for c in collectives if c.trips == config.model.num_layers]
+    layers = config.model.num_layers
 
-    def hidden(kind):
-        of_kind = [c for c in in_layers if c.kind == kind]
-        return sum(c.wire_bytes for c in of_kind if c.asynchronous) / sum(
-            c.wire_bytes for c in of_kind
-        )
+    def share(kind):
+        of_kind = [c for c in collectives if c.trips == layers and c.kind == kind]
+        return sum(c.wire_bytes for c in of_kind if c.hidden) / sum(c.wire_bytes for c in of_kind)
 
-    assert hidden("all-gather") > 0.95
-    assert hidden("all-reduce") > 0.7
+    assert share("all-gather") > 0.95
+    assert share("all-reduce") > 0.7
+    assert all(c.hidden for c in collectives if c.asynchronous and c.num_bytes > 2**20)
+
+
+def test_what_stands_alone(config, collectives):
+    """PARALLELISM.md lists it, in GB that each device sends."""
+    alone = collections.Counter()
+    for c in collectives:
+        if not c.hidden:
+            alone[c.kind, c.trips > 1] += c.wire_bytes / 1e9
+    assert {key: round(gb, 1) for key, gb in alone.items() if gb > 0.05} == {
+        ("all-gather", False): 1.0,  # the head
+        ("all-reduce", False): 2.0,  # its gradient
+        ("all-gather", True): 0.5,  # key and value projections
+        ("all-reduce", True): 7.0,  # gradients of the MLP's down projections
+        ("all-to-all", False): 0.1,  # vectors of the embedding
+    }
 
 
 def test_attention_is_splash(text):

@@ -143,7 +143,10 @@ class Program:
 
     def like(self, state: TrainState) -> TrainState:
         """The values of a state, on this program's mesh."""
-        return jax.tree.map(jax.device_put, jax.device_get(state), self._shardings)
+        # Leaf by leaf: the model of another config is another pytree.
+        shardings, tree = jax.tree.flatten(self._shardings)
+        placed = map(jax.device_put, jax.tree.leaves(jax.device_get(state)), shardings)
+        return jax.tree.unflatten(tree, placed)
 
     def scalar(self, value: Any) -> jax.Array:
         """A number as a state holds it."""

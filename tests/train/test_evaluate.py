@@ -10,7 +10,7 @@ from small_runs import GEMMA, config_of, program, rows
 
 from jaxgen.sharding import MeshConfig
 from jaxgen.train.evaluate import evaluate
-from jaxgen.train.program import compile_evaluation
+from jaxgen.train.program import lower_evaluation
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)])
@@ -20,7 +20,7 @@ def test_the_mean_is_over_tokens_of_all_batches(mesh):
     model = run.new_state().model
     batches = [rows(step) for step in range(3)]
     batches[1].weights[2:] = 0
-    evaluation = compile_evaluation(run.config, run.mesh)
+    evaluation = lower_evaluation(run.config, run.mesh).compile()
     placed = [run.place(batch) for batch in batches]
     result = evaluate(evaluation, model, placed, bytes_per_token=2.5)
 

@@ -171,8 +171,8 @@ def other(config, **changes):
 )
 def test_what_cannot_be_resumed_is_one_line(changes, message, config, half_way, monkeypatch):
     # It is refused whatever the compiler does meanwhile.
-    monkeypatch.setattr(loop, "compile_step", lambda *_: None)
-    monkeypatch.setattr(loop, "compile_evaluation", lambda *_: None)
+    monkeypatch.setattr(loop, "lower_step", lambda *_: None)
+    monkeypatch.setattr(loop, "lower_evaluation", lambda *_: None)
 
     def files():
         return {path: path.read_bytes() for path in half_way.rglob("*") if path.is_file()}
@@ -246,7 +246,7 @@ def test_a_run_stops_after_so_many_skipped_steps_in_a_row(config, tmp_path, monk
 
 def test_without_evaluation_nothing_is_compiled_for_it(config, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(loop, "compile_evaluation", lambda *given: compiled.append(given))
+    monkeypatch.setattr(loop, "lower_evaluation", lambda *given: compiled.append(given))
     config = other(config, eval={"every_steps": 0}, train={"steps": 2})
     train(config, tmp_path / "run", devices_of(config))
     assert not compiled

@@ -21,7 +21,9 @@ from small_runs import (
 )
 
 from jaxgen.nn.init import Elementwise
-from jaxgen.sharding import MeshConfig
+from jaxgen.nn.stack import Remat
+from jaxgen.plan import hlo
+from jaxgen.sharding import MeshConfig, Rules
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
 
@@ -95,6 +97,41 @@ def test_sharded_steps_equal_those_of_one_device(model, mesh, steps):
     assert_trained(single(model), one)
     assert max_relative(metrics["loss"], one["loss"][:steps]) < 1e-5
     assert max_relative(metrics["grad_norm"], one["grad_norm"][:steps]) < 1e-5
+
+
+ZERO_1 = {
+    "fsdp": (MeshConfig(fsdp=4, tensor=2), Rules(), "fsdp"),
+    # Layers are gathered over fsdp one by one, what data splits once.
+    "data": (MeshConfig(data=4, fsdp=2), Rules(embed=("fsdp", "data")), "data"),
+}
+
+
+@pytest.mark.parametrize("case", ZERO_1)
+def test_weights_gathered_once_give_the_same_steps_with_one_exchange(case):
+    mesh, rules, once = ZERO_1[case]
+    config = config_of(mesh=mesh, rules=rules)
+    compute = dataclasses.replace(config.compute, remat=Remat())
+    zero1 = program(
+        dataclasses.replace(config, compute=dataclasses.replace(compute, gather_once=once))
+    )
+    _, metrics = zero1.run(6, zero1.like(single("llama").new_state()))
+    assert max_relative(metrics["loss"], losses_of_one_device("llama")["loss"][:6]) < 1e-5
+    fsdp = program(dataclasses.replace(config, compute=compute))
+
+    def trips(run):
+        """How often each weight of a layer is exchanged over the axis."""
+        wide = [c for c in hlo.Program(run.step.as_text()).collectives() if c.num_bytes >= 512]
+        return {c.trips for c in wide if c.axes(run.mesh.shape) == (once,)}
+
+    assert trips(zero1) == {1}
+    assert LLAMA.num_layers in trips(fsdp) or case == "data"
+
+
+def test_a_stream_that_is_whole_gives_the_same_steps():
+    """Tensor parallelism with an all-reduce after each block."""
+    whole = program(config_of(mesh=MeshConfig(fsdp=4, tensor=2), rules=Rules(act_seq="context")))
+    _, metrics = whole.run(6, whole.like(single("llama").new_state()))
+    assert max_relative(metrics["loss"], losses_of_one_device("llama")["loss"][:6]) < 1e-5
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
