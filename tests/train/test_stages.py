@@ -209,6 +209,7 @@ def test_a_checkpoint_is_bit_equal_on_any_mesh(saved_on, restored_on, tmp_path):
         np.testing.assert_array_equal(saved.ravel(), mine.ravel())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_stages_to_fsdp_and_back(tmp_path):
     """Three parts of a run, each on another mesh, end where a run on one mesh ends."""
 
@@ -236,6 +237,7 @@ def test_a_run_goes_on_from_stages_to_fsdp_and_back(tmp_path):
     assert (tmp_path / "run" / CHECKPOINTS / "00000006").exists()
 
 
+@pytest.mark.slow
 def test_activations_fall_with_the_stages_as_they_should():
     """What one more layer adds to the temporary memory of a device, of a batch [B, T, D] in fp32.
 
