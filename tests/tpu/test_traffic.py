@@ -117,8 +117,8 @@ def sent(compiled, mesh):
     return found
 
 
-def step(mesh_config, model, devices):
-    loop = LoopConfig(batch_size=ROWS, seq_len=TOKENS)
+def step(mesh_config, model, devices, rows=ROWS):
+    loop = LoopConfig(batch_size=rows, seq_len=TOKENS)
     config = TrainConfig(
         name="traffic", model=model, data=DataConfig(), mesh=mesh_config, train=loop
     )
