@@ -8,30 +8,12 @@ Hardware: 16 chips of TPU v5e (the default: one row of 4,096 tokens a chip), or 
 
 import dataclasses
 
-from jaxgen import (
-    DataConfig,
-    DecoderConfig,
-    LoopConfig,
-    OptimizerConfig,
-    RopeScaling,
-    Source,
-    TrainConfig,
-)
+from jaxgen import DataConfig, LoopConfig, OptimizerConfig, Source, TrainConfig
+from jaxgen.models.presets import LLAMA_3_1_8B
 
 config = TrainConfig(
     name="llama3_8b",
-    model=DecoderConfig(
-        vocab_size=128_256,
-        num_layers=32,
-        embed_dim=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=14_336,
-        max_seq_len=131_072,
-        rope_theta=500_000.0,
-        rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_seq_len=8192),
-    ),
+    model=LLAMA_3_1_8B,
     data=DataConfig(
         sources=(Source(kind="jsonl", path="gs://BUCKET/text/*.jsonl"),),
         tokenizer="gs://BUCKET/llama3/tokenizer.json",

@@ -28,6 +28,13 @@ ENVIRONMENT_ERRORS = frozenset(
 
 CONFIG = "CONFIG"
 MODEL = "MODEL"
+
+
+def _number(metavar: str, text: str, default: int | float) -> dict[str, Any]:
+    help = f"{text} (default: {default})"
+    return {"type": type(default), "default": default, "metavar": metavar, "help": help}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     CONFIG: {
         "metavar": "CONFIG.py[:name]",
@@ -48,49 +55,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "TEXT",
         "help": "texts to continue, together in one batch (default: standard input)",
     },
-    "--max-tokens": {
-        "type": int,
-        "default": 128,
-        "metavar": "N",
-        "help": "most new tokens per prompt (default: 128)",
-    },
-    "--temperature": {
-        "type": float,
-        "default": 0.0,
-        "metavar": "T",
-        "help": "divides the logits; 0 takes the likeliest token (default: 0)",
-    },
-    "--top-k": {
-        "type": int,
-        "default": 0,
-        "metavar": "K",
-        "help": "sample among the K likeliest tokens; 0 for all (default: 0)",
-    },
-    "--top-p": {
-        "type": float,
-        "default": 1.0,
-        "metavar": "P",
-        "help": "sample among the likeliest tokens that sum to probability P (default: 1)",
-    },
-    "--seed": {
-        "type": int,
-        "default": 0,
-        "metavar": "S",
-        "help": "of sampling; each prompt after the first adds 1 (default: 0)",
-    },
-    "--step": {
-        "type": int,
-        "default": 0,
-        "metavar": "N",
-        "help": "the step whose batch is shown (default: 0)",
-    },
-    "--steps": {
-        "type": int,
-        "default": 20,
-        "metavar": "N",
-        "help": "training steps that are timed, after two that are not (default: 20)",
-    },
+    "--max-tokens": _number("N", "most new tokens per prompt", 128),
+    "--temperature": _number("T", "divides the logits; 0 takes the likeliest token", 0.0),
+    "--top-k": _number("K", "sample among the K likeliest tokens; 0 for all", 0),
+    "--top-p": _number("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
+    "--step": _number("N", "the step whose batch is shown", 0),
+    "--steps": _number("N", "training steps that are timed, after two that are not", 20),
     "--json": {"action": "store_true", "help": "print one JSON object"},
+    "--min-bytes": _number("B", "the first size", 2**16),
+    "--max-bytes": {
+        "type": int,
+        "metavar": "B",
+        "help": "the last size, by factors of 4 (default: 67108864, on CPU 4194304)",
+    },
+    "--dtype": {
+        "choices": ("bfloat16", "float32"),
+        "default": "bfloat16",
+        "help": "of the elements (default: bfloat16)",
+    },
+    "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
 
 
@@ -98,17 +82,27 @@ class Command(NamedTuple):
     """One subcommand: what it does with which config, and its own options."""
 
     summary: str
-    run: Callable[[argparse.Namespace, Any], None]
+    run: Callable[[argparse.Namespace, Any], int | None]
+    """Returns the exit code where it is not 0."""
     source: str
+    """CONFIG or MODEL; empty if there is nothing to give."""
     options: tuple[str, ...]
+    default: Callable[[], Any] | None = None
+    """Makes the config where no source is given; None if one must be."""
+
+    @property
+    def usage(self) -> str:
+        """What stands after its name: `CONFIG [options]`."""
+        source = f"[{self.source}]" if self.source and self.default else self.source
+        return f"{source} [options]".lstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Runs the command; returns 0 or its own exit code, 2 for a user's error, 130 for Ctrl-C."""
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
-        return 0
+        return code
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -127,19 +121,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _dispatch(argv: list[str]) -> None:
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
-        return
+        return 0
     if argv[0] == "--version":
         print(f"jaxgen {__version__}")
-        return
+        return 0
     name, rest = argv[0], argv[1:]
     nested = [command.split()[1] for command in COMMANDS if command.startswith(f"{name} ")]
     if nested:
         if rest and rest[0] in ("-h", "--help"):
             print(_overview(name))
-            return
+            return 0
         if not rest or rest[0] not in nested:
             given = f", not {rest[0]!r}" if rest else ""
             raise UserError(f"jaxgen {name} takes {' or '.join(nested)}{given}")
@@ -147,25 +141,28 @@ def _dispatch(argv: list[str]) -> None:
     if name not in COMMANDS:
         hint = fields.did_you_mean(name, {command.split()[0] for command in COMMANDS})
         raise UserError(f"no command {name!r}{hint or '; see jaxgen --help'}")
-    _run(name, COMMANDS[name], rest)
+    return _run(name, COMMANDS[name], rest) or 0
 
 
-def _run(name: str, command: Command, argv: list[str]) -> None:
+def _run(name: str, command: Command, argv: list[str]) -> int | None:
     parser = _Parser(f"jaxgen {name}", description=command.summary, allow_abbrev=False)
     source, options = command.source, [*command.options, "--devices"]
-    parser.usage = f"{parser.prog} {source} [options] [--field value ...]"
-    parser.add_argument("source", nargs="?", **OPTIONS[source])
+    parser.usage = f"{parser.prog} {command.usage}"
+    if source:
+        parser.usage += " [--field value ...]"
+        parser.add_argument("source", nargs="?", **OPTIONS[source])
     for option in options:
         parser.add_argument(option, **OPTIONS[option])
     wants_help = "-h" in argv or "--help" in argv
     argv, overrides = _split([arg for arg in argv if arg not in ("-h", "--help")], options)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(source=None))
+    needs_source = args.source is None and command.default is None
     if wants_help:
         print(parser.format_help())
-        if args.source is None:
+        if needs_source:
             print(f"jaxgen {name} {source} --help shows the fields too, with their values.")
-            return
-    elif args.source is None:
+            return 0
+    elif needs_source:
         raise UserError(
             f"jaxgen {name} needs {OPTIONS[source]['metavar']}: {OPTIONS[source]['help']}"
         )
@@ -173,11 +170,11 @@ def _run(name: str, command: Command, argv: list[str]) -> None:
         from jaxgen.sharding import simulate_devices
 
         simulate_devices(args.devices)
-    config = _load(source, args.source, overrides)
+    config = _load(command, args.source, overrides)
     if wants_help:
         print(_field_help(config))
-        return
-    command.run(args, config)
+        return 0
+    return command.run(args, config)
 
 
 def _split(argv: list[str], options: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -199,10 +196,13 @@ def _split(argv: list[str], options: list[str]) -> tuple[list[str], dict[str, st
     return rest, overrides
 
 
-def _load(kind: str, path: str, overrides: dict[str, str]) -> Any:
+def _load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
+    if path is None:
+        assert command.default is not None
+        return fields.override(command.default(), overrides)
     from jaxgen import config
 
-    if kind == CONFIG:
+    if command.source == CONFIG:
         return config.load_config(path, overrides)
     from jaxgen.serve.load import split_location
     from jaxgen.sharding import MeshConfig
@@ -267,6 +267,37 @@ def _bench_train(args: argparse.Namespace, config: Any) -> None:
         print(json.dumps(results) if args.json else table(results))
 
 
+def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
+    _start()
+    import jax
+
+    from jaxgen.collectives import bench_collectives, table
+    from jaxgen.sharding import make_mesh
+
+    results = bench_collectives(
+        make_mesh(config.mesh),
+        min_bytes=args.min_bytes,
+        max_bytes=args.max_bytes,
+        dtype=args.dtype,
+        iterations=args.iterations,
+    )
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
+
+
+def _collectives_config() -> Any:
+    from jaxgen.collectives import CollectivesConfig
+
+    return CollectivesConfig()
+
+
+def _doctor(args: argparse.Namespace, config: Any) -> int:
+    _start()
+    from jaxgen.doctor import examine
+
+    return 0 if examine() else 1
+
+
 SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
@@ -275,6 +306,16 @@ COMMANDS = {
     "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
     "bench train": Command(
         "Times the start and the training step.", _bench_train, CONFIG, ("--steps", "--json")
+    ),
+    "bench collectives": Command(
+        "Times collectives over every mesh axis.",
+        _bench_collectives,
+        CONFIG,
+        ("--min-bytes", "--max-bytes", "--dtype", "--iterations", "--json"),
+        _collectives_config,
+    ),
+    "doctor": Command(
+        "Checks kernels, collectives and meshes on these devices.", _doctor, "", (), lambda: None
     ),
 }
 
@@ -300,7 +341,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _overview(group: str = "") -> str:
     rows = {
-        f"jaxgen {name} {command.source} [options]": command.summary
+        f"jaxgen {name} {command.usage}": command.summary
         for name, command in COMMANDS.items()
         if name.startswith(group)
     }

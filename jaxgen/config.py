@@ -66,6 +66,7 @@ class TrainConfig:
             UserError: the first pair that disagrees, with both values and a way out.
         """
         train, model, rules = self.train, self.model, self.rules.on(mesh)
+        self.compute.pipeline.check(mesh, rules, model.num_layers)
         model.check_mesh(mesh, rules)
         if train.seq_len > model.max_seq_len:
             raise UserError(
@@ -73,11 +74,16 @@ class TrainConfig:
                 f"model.max_seq_len={model.max_seq_len}; use train.seq_len={model.max_seq_len}, "
                 "or a model made for longer sequences"
             )
-        accum, shards = train.grad_accum_steps, rules.shards("batch", mesh)
-        if train.batch_size % (accum * shards):
-            axes = [f"mesh.{axis}={mesh.shape[axis]}" for axis in logical_to_mesh(rules.batch)]
-            parts = axes if accum == 1 else [f"train.grad_accum_steps={accum}", *axes]
-            best = -(-train.batch_size // (accum * shards)) * accum * shards
+        schedule = self.compute.pipeline.schedule(mesh, rules)
+        cuts = {
+            "train.grad_accum_steps": train.grad_accum_steps,
+            "compute.pipeline.num_microbatches": schedule.microbatches if schedule else 1,
+        }
+        divisor = math.prod(cuts.values()) * rules.shards("batch", mesh)
+        if train.batch_size % divisor:
+            parts = [f"{name}={num}" for name, num in cuts.items() if num > 1]
+            parts += [f"mesh.{axis}={mesh.shape[axis]}" for axis in logical_to_mesh(rules.batch)]
+            best = -(-train.batch_size // divisor) * divisor
             raise UserError(
                 f"train.batch_size={train.batch_size} is not divisible by {' x '.join(parts)}; "
                 f"use train.batch_size={best}"

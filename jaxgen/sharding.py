@@ -19,7 +19,6 @@ from jaxgen.errors import UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
-UNSUPPORTED_AXES = ("pipeline", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +30,13 @@ class MeshConfig:
     fsdp: int = -1
     """Shards of parameters, gradients and optimizer state; each also takes its own rows."""
     pipeline: int = 1
-    """Stages of layers. Not supported yet: must be 1."""
+    """Stages, each with its own layers; microbatches go through them (compute.pipeline)."""
     context: int = 1
     """Shards of every sequence, for those too long for one device."""
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary inside every layer."""
     expert: int = 1
-    """Shards of the experts. Not supported yet: must be 1."""
+    """Shards of the experts; each also takes its own rows."""
     across_slices: Literal["data", "pipeline"] = "data"
     """The axis that goes from one TPU slice to the next, over the data-centre network. It must be a
     multiple of the number of slices; all other axes stay inside a slice."""
@@ -60,12 +59,6 @@ class MeshConfig:
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise UserError(f"mesh.{axis}={size}; use a positive number, or -1 for the rest")
-        for axis in UNSUPPORTED_AXES:
-            if sizes[axis] != 1:
-                raise UserError(
-                    f"mesh.{axis}={sizes[axis]} is not supported yet; "
-                    f"set mesh.{axis}=1 and split over data, fsdp or tensor"
-                )
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if free and num_devices % fixed == 0:
             return dataclasses.replace(self, **{free[0]: num_devices // fixed})
@@ -144,7 +137,7 @@ Axes = str | tuple[str, ...] | None
 class Rules:
     """Which mesh axes split each logical axis. The fields are the closed set of logical axes."""
 
-    vocab: Axes = "tensor"
+    vocab: Axes = ("pipeline", "tensor")
     """Rows of the embedding table and of the output layer, and logits."""
     embed: Axes = ("fsdp", "context", "expert")
     """The residual width of every parameter but the experts'."""
@@ -158,8 +151,10 @@ class Rules:
     """Width of the MLP, likewise."""
     expert: Axes = "expert"
     """Experts."""
-    layers: Axes = None
+    layers: Axes = "pipeline"
     """Stacked layers."""
+    microbatch: Axes = "pipeline"
+    """Microbatches of the residual stream, where layers are split into stages."""
     batch: Axes = BATCH_AXES
     """Rows of a batch."""
     seq: Axes = "context"

@@ -45,7 +45,7 @@ def run_python(*args):
         (["frobnicate"], "no command 'frobnicate'; see jaxgen --help"),
         (["serve", "runs/tiny"], "no command 'serve'"),
         (["data"], "jaxgen data takes pack or show"),
-        (["bench", "serve"], "jaxgen bench takes train, not 'serve'"),
+        (["bench", "serve"], "jaxgen bench takes train or collectives, not 'serve'"),
         (["train"], "jaxgen train needs CONFIG.py[:name]: a Python file"),
         (["train", "nope.py"], "no config file nope.py"),
         (["train", TINY, "--train.stesp", "3"], "no field --train.stesp; did you mean --train.st"),
@@ -57,6 +57,9 @@ def run_python(*args):
         (["train", TINY, "extra"], "unrecognized arguments: extra; see jaxgen train --help"),
         (["train", TINY, "--devices", "x"], "argument --devices: invalid int value: 'x'"),
         (["train", TINY, "--devices", "0"], "--devices 0; use a positive number of devices"),
+        (["doctor", "--mesh.fsdp", "4"], "no field --mesh.fsdp"),
+        (["bench", "collectives", "--mesh.dta", "4"], "no field --mesh.dta; did you mean --mesh.d"),
+        (["bench", "collectives", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["generate", "runs/none", "--prompt", "x"], "runs/none"),
         (
             ["train", TINY, "--mesh.fsdp", "3"],
@@ -75,7 +78,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(capsys, argv, message):
 
 def test_overview_lists_every_command_and_no_other(capsys):
     assert main(["--help"]) == 0
-    listed = re.findall(r"^  jaxgen ([a-z ]+) [A-Z]", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  jaxgen ([a-z ]+) [A-Z[]", capsys.readouterr().out, re.MULTILINE)
     assert listed == list(COMMANDS)
 
 

@@ -1,6 +1,7 @@
 """The notebooks, executed as a user's would be: a fresh kernel, every cell, in order."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -27,20 +28,11 @@ def test_no_outputs_are_stored(path):
             assert cell.execution_count is None
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The quickstart after a run with a small model on a few files, on eight simulated devices."""
-    folder = tmp_path_factory.mktemp("colab")
-    (folder / "texts").mkdir()
-    for number in range(60):
-        text = f"def number_{number}():\n    return {number} + {number % 7}\n" * 20
-        (folder / "texts" / f"{number}.txt").write_text(text)
-    notebook = nbformat.read(ROOT / "colab" / "quickstart.ipynb", as_version=4)
-    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
-    parameters.source += f"""
-TEXT = {str(folder / "texts" / "*.txt")!r}
-STEPS, NUM_LAYERS, EMBED_DIM = 6, 2, 32
-"""
+def execute(name, folder, parameters):
+    """The notebook after a run in `folder`, on eight simulated devices."""
+    notebook = nbformat.read(ROOT / "colab" / name, as_version=4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    cell.source += f"\n{parameters}\n"
     environ = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -48,7 +40,25 @@ STEPS, NUM_LAYERS, EMBED_DIM = 6, 2, 32
     }
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environ)
-    return notebook, folder
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The quickstart after a run with a small model on a few files."""
+    folder = tmp_path_factory.mktemp("colab")
+    (folder / "texts").mkdir()
+    for number in range(60):
+        text = f"def number_{number}():\n    return {number} + {number % 7}\n" * 20
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    text = str(folder / "texts" / "*.txt")
+    parameters = f"TEXT = {text!r}\nSTEPS, NUM_LAYERS, EMBED_DIM = 6, 2, 32"
+    return execute("quickstart.ipynb", folder, parameters), folder
+
+
+@pytest.fixture(scope="module")
+def parallelism(tmp_path_factory):
+    return execute("parallelism.ipynb", tmp_path_factory.mktemp("colab"), "STEPS = 3")
 
 
 def test_quickstart_trains_on_a_mesh_and_plots_the_loss(quickstart):
@@ -71,10 +81,46 @@ def test_quickstart_shows_the_sharding_and_generates(quickstart):
         assert prompt in texts
 
 
-def test_no_cell_writes_to_stderr(quickstart):
+@pytest.mark.parametrize(
+    ("cell", "sent"),
+    [
+        ("data", {"data": {"all-reduce"}}),
+        ("fsdp", {"fsdp": {"all-gather", "all-reduce", "all-to-all", "reduce-scatter"}}),
+        ("tensor", {"tensor": {"all-gather", "all-reduce", "reduce-scatter"}}),
+    ],
+)
+def test_each_axis_has_its_picture_its_loss_and_its_traffic(parallelism, cell, sent):
+    """That the losses are equal is what the notebook itself asserts."""
+    text, shown = outputs(parallelism, cell)
+    assert f"{cell}=8" in shown["image/svg+xml"]
+    alone, eight = (
+        [float(number) for number in line.split()[2:]]
+        for line in text.splitlines()
+        if line.startswith(("one device", "8 devices"))
+    )
+    assert len(alone) == len(eight) == 3
+    assert eight == pytest.approx(alone, rel=1e-4)
+    found = {}
+    for size, axes, kind in re.findall(r"([\d.]+) kB over (.+): (\S+)", text):
+        assert float(size) > 0
+        found.setdefault(axes, set()).add(kind)
+    # Which of them one compiler makes of the other is its own affair.
+    assert found.keys() == sent.keys()
+    assert all(found[axes] <= kinds for axes, kinds in sent.items())
+
+
+def test_a_hybrid_sends_over_each_of_its_axes(parallelism):
+    text, shown = outputs(parallelism, "hybrid")
+    assert "data=2 fsdp=2 tensor=2" in shown["image/svg+xml"]
+    for axis in ("data", "fsdp", "tensor"):
+        assert re.search(rf"kB over {axis}: ", text)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "parallelism"])
+def test_no_cell_writes_to_stderr(name, request):
     """Warnings are what a user would see first."""
-    notebook, _ = quickstart
-    for cell in notebook.cells:
+    ran = request.getfixturevalue(name)
+    for cell in (ran if name == "parallelism" else ran[0]).cells:
         for out in cell.get("outputs", ()):
             if out.output_type == "stream" and out.name == "stderr":
                 assert all(line.startswith("data: ") for line in out.text.splitlines()), out.text

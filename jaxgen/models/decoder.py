@@ -1,27 +1,31 @@
-"""The decoder-only transformer: one definition for every dense family, for training and serving.
+"""The decoder-only transformer: one definition for all families, for training and serving.
 
-B batch, T queries, S cache slots, D embed, V vocab, L layers, K kv heads, H head dim.
+B batch, T queries, S cache slots, D embed, V vocab, L layers, E experts.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import Backend, ContextMethod
-from jaxgen.nn.block import Layer, Sight, Span
+from jaxgen.nn.block import Layer, Mixed, Sight, Span
 from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import ACTIVATIONS, RMSNorm, embed, soft_cap
+from jaxgen.nn.moe import Dispatch
+from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
 from jaxgen.nn.rope import RopeScaling, rotation
+from jaxgen.nn.router import MoEConfig, RouterStats, RouterSums
 from jaxgen.nn.stack import Remat, gather, run, unstack
 from jaxgen.nn.stream import enter
 from jaxgen.sharding import Axes, Rules
@@ -44,7 +48,7 @@ class DecoderConfig:
     head_dim: int
     """Width of one head; even, for RoPE."""
     mlp_dim: int
-    """Width of the gated MLP."""
+    """Width of the gated MLP, or of each expert."""
     max_seq_len: int
     """Tokens in the longest sequence the model is meant for."""
     rope_theta: float = 10_000.0
@@ -79,6 +83,8 @@ class DecoderConfig:
     """Tokens that a local layer sees, itself included."""
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     """Kinds of the layers, repeated to num_layers."""
+    moe: MoEConfig | None = None
+    """Experts in place of the MLP; None for a dense model."""
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -102,13 +108,28 @@ class DecoderConfig:
         pattern = self.layer_pattern
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
-    @functools.cached_property
+    @property
     def num_params(self) -> int:
         """Parameters, embeddings included."""
-        D, N, K, H, F = (
-            self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim, self.mlp_dim,
-        )  # fmt: skip
-        layer = D * (N + 2 * K) * H + N * H * D + 3 * D * F
+        return self._count(self.moe.num_experts if self.moe else 1)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that a token meets: those of its own experts, and all others."""
+        return self._count(self.moe.num_experts_per_tok if self.moe else 1)
+
+    def _mlp_matmul(self, experts: int) -> int:
+        """Parameters in the products of one layer's MLP, or of so many experts and the router."""
+        routed = 3 * self.embed_dim * self.mlp_dim * experts
+        if self.moe is None:
+            return routed
+        return routed + self.embed_dim * (self.moe.num_experts + 3 * self.moe.shared_mlp_dim)
+
+    def _count(self, experts: int) -> int:
+        """Parameters with so many experts in each layer."""
+        D, N, K, H = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim
+        layer = D * (N + 2 * K) * H + N * H * D + self._mlp_matmul(experts)
+        layer += self.moe.num_experts if self.moe and self.moe.router == "sigmoid" else 0
         layer += (N + 2 * K) * H if self.qkv_bias else 0
         layer += 2 * H if self.qk_norm else 0
         layer += D * (4 if self.norms == "pre_post" else 2)
@@ -118,12 +139,13 @@ class DecoderConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one training step per token, at sequences of `seq_len` tokens.
 
-        6 for each parameter in a matrix product (the embedding lookup is none), and 12 * N * H for
-        each key a query sees: on average half of a causal sequence, less in local layers.
-        Rematerialised products do not count.
+        6 for each parameter in a matrix product that a token meets (the embedding lookup is none),
+        and 12 * N * H for each key a query sees: on average half of a causal sequence, less in
+        local layers. Rematerialised products do not count.
         """
         D, N, K, H = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim
-        matmul = self.num_layers * (D * (2 * N + 2 * K) * H + 3 * D * self.mlp_dim)
+        mlp = self._mlp_matmul(self.moe.num_experts_per_tok if self.moe else 1)
+        matmul = self.num_layers * (D * (2 * N + 2 * K) * H + mlp)
         matmul += self.vocab_size * D
         seen = 0.0
         for local in self.local_layers:
@@ -136,8 +158,14 @@ class DecoderConfig:
         """Checks that every dimension divides into its shards on this mesh.
 
         Raises:
-            UserError: the first that does not.
+            UserError: the first that does not, or the mesh splits experts that are not there.
         """
+        if self.moe is None and mesh.shape["expert"] > 1:
+            rest = mesh.shape["fsdp"] * mesh.shape["expert"]
+            raise UserError(
+                f"mesh.expert={mesh.shape['expert']} splits experts and model.moe is None; "
+                f"use mesh.expert=1 mesh.fsdp={rest}"
+            )
         sizes = {
             "vocab": ("model.vocab_size", self.vocab_size),
             "embed": ("model.embed_dim", self.embed_dim),
@@ -147,6 +175,11 @@ class DecoderConfig:
             "layers": ("model.num_layers", self.num_layers),
         }
         rules.check(mesh, sizes)
+        if self.moe is not None:
+            experts = ("model.moe.num_experts", self.moe.num_experts)
+            width = ("model.moe.shared_mlp_dim", self.moe.shared_mlp_dim)
+            embed = ("model.embed_dim", self.embed_dim)
+            rules.check(mesh, {"expert": experts, "mlp": width, "expert_embed": embed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +195,29 @@ class ComputeConfig:
     device while each computes, all_gather collects them first."""
     remat: Remat = dataclasses.field(default_factory=Remat)
     """What is kept for the backward pass, and where."""
+    pipeline: Pipeline = Pipeline()
+    """How a batch goes through the stages of `mesh.pipeline`."""
     gather_once: Axes = None
-    """Mesh axes over which the layers' weights are gathered once a step, and their gradients reduced
-    once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    """Mesh axes over which the layers' weights are gathered, and their gradients reduced, once in a
+    step (ZeRO-1), not in every layer, forward and backward (FSDP): less traffic, for the memory of
+    all layers in the compute dtype."""
+    expert_dispatch: Dispatch = "all_gather"
+    """How tokens travel over mesh.expert: all to every device, whatever num_experts_per_tok is; or
+    all_to_all, to the devices of their experts alone, which pays with a capacity."""
+    expert_capacity: float | None = None
+    """all_to_all: tokens that a device has room for, over an even share; tokens beyond it lose that
+    expert and are counted. None for the worst case, which drops nothing."""
+    gather_once: Axes = None
+    """Mesh axes over which the layers' weights are gathered once a step, and their gradients
+    reduced once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
     the memory of all layers in the compute dtype."""
+
+    def __post_init__(self):
+        if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":
+            raise UserError(
+                f"compute.expert_capacity={self.expert_capacity} with compute.expert_dispatch="
+                f"{self.expert_dispatch!r}, which drops nothing; use 'all_to_all', or None"
+            )
 
 
 class KVCache(NamedTuple):
@@ -201,9 +253,11 @@ class Decoder(nnx.Module):
         self.config, self.compute = config, compute or ComputeConfig()
         self.rules = rules or Rules()
         maker = Maker(key, self.rules)
+        repeats = self.schedule.repeats if self.schedule else 1
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = maker.normal("embedding", shape, axes, fan_in=config.embed_dim)
-        self.layers = Layer((maker / "layers").stacked(config.num_layers), config, self.compute)
+        layers = (maker / "layers").stacked(config.num_layers, repeats)
+        self.layers = Layer(layers, config, self.compute)
         self.norm = RMSNorm(
             maker, config.embed_dim, eps=config.norm_eps, plus_one=config.norm_plus_one
         )
@@ -215,14 +269,28 @@ class Decoder(nnx.Module):
         """Of matrix products and activations."""
         return jnp.dtype(self.compute.dtype)
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of the pipeline on the mesh that is set, if it has one."""
+        return self.compute.pipeline.here(self.rules)
+
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        tokens: Int[Array, "*M B T"],
+        positions: Int[Array, "*M B T"],
+        segments: Int[Array, "*M B T"],
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Returns the normed hidden states, and the cache with these tokens written into it."""
+    ) -> tuple[Float[Array, "*M B T D"], KVCache | None]:
+        """Returns the normed hidden states, and the cache with these tokens written into it.
+
+        In a pipeline rows are cut in microbatches, and there is no cache.
+        """
+        return self._hidden(tokens, positions, segments, cache)[:2]
+
+    def _hidden(
+        self, tokens, positions, segments, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "*M B T D"], KVCache | None, RouterStats | None]:
+        """`hidden`, and what the routers of all layers did."""
         config, rules = self.config, self.rules.here()
         x = embed(self.embedding[...], tokens, rules, self.dtype)
         if config.embed_scale is not None:
@@ -231,22 +299,41 @@ class Decoder(nnx.Module):
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
             keys = Span(*(write(old, new) for old, new in zip(cache.span, queries, strict=True)))
-        turn = functools.partial(rotation, positions, config.head_dim)
-        global_rotation = turn(config.rope_theta, config.rope_scaling)
-        local_rotation = global_rotation
-        if config.rope_local_theta is not None:
-            local_rotation = turn(config.rope_local_theta)
-        sight = Sight(
-            queries, keys, global_rotation, local_rotation, None if cache is None else cache.used
-        )
 
-        def body(x, layer, per_layer):
+        def see(queries: Span, keys: Span) -> Sight:
+            turn = functools.partial(rotation, queries.positions, config.head_dim)
+            everywhere = local = turn(config.rope_theta, config.rope_scaling)
+            if config.rope_local_theta is not None:
+                local = turn(config.rope_local_theta)
+            return Sight(queries, keys, everywhere, local, None if cache is None else cache.used)
+
+        def one(x, layer, per_layer, sight):
             local, layer_cache = per_layer
             x = checkpoint_name(x, "layer_input")
             local = kinds[0] if len(set(kinds)) == 1 else local
             return gather(layer, rules, self.dtype)(x, sight, local, layer_cache)
 
         kinds = config.local_layers
+        if schedule := self.schedule:
+            if cache is not None:
+                raise UserError("a pipeline has no cache; decode on a mesh with pipeline=1")
+            xs = np.asarray(kinds)
+            kind_of = (lambda local: local) if schedule.alike(xs) else Mixed
+
+            def in_stage(x, layer, local, span):
+                # Angles are made here: outside they would be kept for every tick.
+                return one(x, layer, (kind_of(local), None), see(span, span))
+
+            remat = self.compute.remat.wrap
+            x, (_, stats) = run_stages(
+                self.layers, in_stage, x, xs, queries, schedule, rules, remat
+            )
+            return self.norm(x), None, stats
+        sight = see(queries, keys)
+
+        def body(x, layer, per_layer):
+            return one(x, layer, per_layer, sight)
+
         stacked = not isinstance(self.layers, nnx.List)
         local = jnp.asarray(kinds) if stacked else list(kinds)
         layer_caches = None if cache is None else cache.layers
@@ -255,16 +342,20 @@ class Decoder(nnx.Module):
         layers = self.layers
         if self.compute.gather_once:
             layers = gather(layers, rules, self.dtype, self.compute.gather_once)
-        x, layer_caches = run(layers, body, x, (local, layer_caches))
+        ys: Any
+        x, ys = run(layers, body, x, (local, layer_caches))
+        layer_caches, stats = ys if stacked else map(list, zip(*ys, strict=True))
+        if not stacked:
+            stats = jax.tree.map(lambda *each: jnp.stack(each), *stats)
         if cache is not None:
             cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
-        return self.norm(x), cache
+        return self.norm(x), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns fp32 logits, split over the vocabulary."""
         rules = self.rules.here()
         head = self.head_table.astype(self.dtype)
-        head = jax.sharding.reshard(head, rules.gathered("vocab", "embed"))
+        head = reshard(head, rules.gathered("vocab", "embed"))
         hidden = enter(hidden, rules, "vocab")
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_soft_cap)
@@ -281,7 +372,11 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"],
     ) -> Float[Array, "B T V"]:
         """Returns the logits at every position."""
-        return self.logits(self.hidden(tokens, positions, segments)[0])
+        rows = (tokens, positions, segments)
+        if schedule := self.schedule:
+            x, _ = self.hidden(*cut(rows, schedule.microbatches))
+            return self.logits(join(x))
+        return self.logits(self.hidden(*rows)[0])
 
     def loss_sums(
         self,
@@ -292,14 +387,41 @@ class Decoder(nnx.Module):
         weights: Float[Array, "B T"],
         *,
         z_loss: float = 0.0,
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    ) -> tuple[Float[Array, ""], Float[Array, ""], RouterSums | None]:
         """Returns weighted sums over tokens: (what training minimises, negative log-likelihood).
 
-        Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient.
+        Both in nats; divide by `weights.sum()` for the mean. Only the first has a gradient. The
+        third is what the routers did, or None; their losses, weighted, are in the first. They are
+        formed from the totals of this batch over all devices, so they are the same on every mesh.
         """
-        x, _ = self.hidden(tokens, positions, segments)
+        if schedule := self.schedule:
+            rows = (tokens, targets, positions, segments, weights)
+            tokens, targets, positions, segments, weights = cut(rows, schedule.microbatches)
+        x, _, stats = self._hidden(tokens, positions, segments)
         rules, soft_cap = self.rules.here(), self.config.logit_soft_cap
-        return cross_entropy(x, self.head_table, targets, weights, rules, z_loss, soft_cap)
+        objective, nll = cross_entropy(
+            x, self.head_table, targets, weights, rules, z_loss, soft_cap
+        )
+        if (moe := self.config.moe) is None:
+            return objective, nll, None
+        assert stats is not None
+        sums = RouterSums.of(moe, stats, jnp.sum(weights))
+        objective += moe.load_balance_weight * sums.load_balance_loss
+        return objective + moe.z_loss_weight * sums.router_z_loss, nll, sums
+
+    def balanced(self, counts: Int[Array, "L E"]) -> "Decoder":
+        """Returns the model with the routers' biases moved towards even loads.
+
+        Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+        """
+        assert self.config.moe is not None
+        loads = counts.astype(jnp.float32)
+        way = jnp.sign(jnp.mean(loads, axis=-1, keepdims=True) - loads)
+        model = jax.tree.map(lambda leaf: leaf, self)
+        bias = model.layers.mlp.bias
+        way = reshard(way.reshape(bias[...].shape), jax.typeof(bias[...]).sharding)
+        bias[...] = bias[...] + self.config.moe.bias_update_rate * way
+        return model
 
     def unstacked(self) -> "Decoder":
         """Returns the same model with its layers as a list, for decoding."""

@@ -97,9 +97,7 @@ def attend(
     device = mesh_device()
     packed = q_segments is not None
     refusals = {
-        "splash": lambda: flash.splash_refuses(
-            device, q, in_order=in_order, seq_shards=shards
-        ),
+        "splash": lambda: flash.splash_refuses(device, q, in_order=in_order, seq_shards=shards),
         "cudnn": lambda: flash.cudnn_refuses(
             device, q, in_order=in_order, packed=packed, soft_cap=soft_cap, seq_shards=shards
         ),

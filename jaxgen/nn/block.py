@@ -6,6 +6,8 @@ B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,7 +17,9 @@ from jaxgen.nn.attention import attend
 from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import GatedMLP, RMSNorm, product
+from jaxgen.nn.moe import MoE
 from jaxgen.nn.rope import rotate
+from jaxgen.nn.router import RouterStats
 from jaxgen.nn.stream import enter, leave, partial_sums
 
 if TYPE_CHECKING:
@@ -45,6 +49,16 @@ class Sight(NamedTuple):
     """In decoding, the slot of the cache that takes the first of the new tokens."""
 
 
+class Mixed(NamedTuple):
+    """A layer's kind under a `jax.vmap` over layers of both kinds; both are computed."""
+
+    local: Bool[Array, ""]
+
+
+Kind = bool | Bool[Array, ""] | Mixed
+"""Whether a layer is local."""
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions.
 
@@ -71,7 +85,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         sight: Sight,
-        local: bool | Bool[Array, ""],
+        local: Kind,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Attends from x to itself, or to the cache after writing x's keys and values into it.
@@ -134,18 +148,29 @@ class Attention(nnx.Module):
         """branch(local) for a layer kind that may be traced: kernels need their window static."""
         if isinstance(local, bool):
             return branch(local)
+        if isinstance(local, Mixed):
+
+            def pick(a, b):
+                # Said, not inferred: a batched scalar would be spread over no axis but its own.
+                chosen = jnp.broadcast_to(local.local, a.shape, out_sharding=jax.typeof(a).sharding)
+                return jnp.where(chosen, a, b)
+
+            return jax.tree.map(pick, branch(True), branch(False))
         return lax.cond(local, lambda: branch(True), lambda: branch(False))
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each with a residual around it, normed before, after, or both."""
+    """Attention, and an MLP or experts; each has a residual around it and norms before or after."""
 
     def __init__(self, maker: Maker, config: "DecoderConfig", compute: "ComputeConfig"):
         norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
         D = config.embed_dim
         self.pre, self.post = config.norms != "post", config.norms != "pre"
         self.attention = Attention(maker / "attention", config, compute)
-        self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
+        if config.moe is None:
+            self.mlp = GatedMLP(maker / "mlp", D, config.mlp_dim, activation=config.activation)
+        else:
+            self.mlp = MoE(maker / "mlp", config, compute)
         if self.pre:
             self.attention_norm = RMSNorm(maker, D, **norm)
             self.mlp_norm = RMSNorm(maker, D, **norm)
@@ -157,11 +182,16 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         sight: Sight,
-        local: bool | Bool[Array, ""],
+        local: Kind,
         cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the layer's output and the cache with this layer's keys and values written."""
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, RouterStats | None]]:
+        """Returns the layer's output, and of this layer alone: the cache with its keys and values
+        written, and what its router did, if it has one."""
         y, cache = self.attention(self.attention_norm(x) if self.pre else x, sight, local, cache)
         x = x + (self.attention_post_norm(y) if self.post else y)
-        y = self.mlp(self.mlp_norm(x) if self.pre else x)
-        return x + (self.mlp_post_norm(y) if self.post else y), cache
+        normed, stats = self.mlp_norm(x) if self.pre else x, None
+        if isinstance(self.mlp, MoE):
+            y, stats = self.mlp(normed, sight.queries.segments > 0)
+        else:
+            y = self.mlp(normed)
+        return x + (self.mlp_post_norm(y) if self.post else y), (cache, stats)

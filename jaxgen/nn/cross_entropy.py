@@ -23,10 +23,10 @@ CHUNK_TOKENS = 512
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
-    x: Float[Array, "B T D"],
+    x: Float[Array, "*M B T D"],
     head: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
+    targets: Int[Array, "*M B T"],
+    weights: Float[Array, "*M B T"],
     rules: Rules,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
@@ -37,7 +37,8 @@ def cross_entropy(
     Logits are products in x's dtype accumulated in fp32. `head` is stored in fp32 and split over
     `vocab` and `embed`; it is gathered over `embed` once, in x's dtype, and its gradient is reduced
     once. The vocabulary stays split: a chunk exchanges three numbers a token. Where the stream is
-    split over the axes of the vocabulary it is gathered over them, and dx is scattered.
+    split over the axes of the vocabulary, in positions or microbatches, it is gathered over them,
+    and dx is scattered.
 
     Source: z-loss: PaLM, arXiv:2204.02311, section 5.
     """
@@ -63,17 +64,18 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
     Returns the two sums, and the gradients of x and head, or () where they are not asked for.
     """
     vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
-    stream_axes = logical_to_mesh(rules.act_seq)
-    gathered = tuple(axis for axis in stream_axes if axis in vocab_axes)
-    seq_axes = tuple(axis for axis in stream_axes if axis not in gathered)
-    summed = tuple(axis for axis in vocab_axes if axis not in gathered)
-    batch_axes = logical_to_mesh(rules.batch) + seq_axes
+    x_spec, head_spec = stream_spec(rules, cut=x.ndim == 4), rules("vocab", "embed")
+    stream = [logical_to_mesh(axes) for axes in x_spec[:-1]]
+    gathered = [tuple(axis for axis in axes if axis in vocab_axes) for axes in stream]
+    kept = [tuple(axis for axis in axes if axis not in vocab_axes) for axes in stream]
+    summed = tuple(axis for axis in vocab_axes if axis not in sum(gathered, ()))
+    batch_axes = sum(kept, ())
     rest = tuple(axis for axis in batch_axes if axis not in embed_axes)
 
     def device(x, head, targets, weights):
         head = head.astype(x.dtype)
-        if gathered:
-            x = lax.all_gather(x, gathered, axis=1, tiled=True)
+        for dim, axes in enumerate(gathered):
+            x = lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
         whole = lax.all_gather(head, embed_axes, axis=1, tiled=True) if embed_axes else head
         sums, *gradients = _local(
             x.reshape(-1, x.shape[-1]),
@@ -90,8 +92,9 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
             return sums, ()
         dx, dhead = gradients
         dx = dx.reshape(x.shape)
-        if gathered:
-            dx = lax.psum_scatter(dx, gathered, scatter_dimension=1, tiled=True)
+        for dim, axes in enumerate(gathered):
+            if axes:
+                dx = lax.psum_scatter(dx, axes, scatter_dimension=dim, tiled=True)
         dx = lax.psum(dx, summed) if summed else dx
         # Reduced in the dtype of the products, like every other weight's gradient.
         dhead = dhead.astype(x.dtype)
@@ -101,9 +104,8 @@ def _sharded(x, head, targets, weights, rules: Rules, z_loss, soft_cap, *, with_
         return sums, (dx, dhead)
 
     scalar = rules()
-    x_spec, head_spec = stream_spec(rules), rules("vocab", "embed")
     out_specs = ((scalar, scalar), (x_spec, head_spec) if with_gradient else ())
-    tokens = P(rules.batch, seq_axes or None)
+    tokens = P(*(axes or None for axes in kept))
     # check_vma=False: gradients are formed by hand here, so there is no transpose to get right.
     targets, weights = reshard(targets, tokens), reshard(weights, tokens)
     return jax.shard_map(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxgen.nn.pipeline import shard_map
+
 LANES = 128
 
 
@@ -207,11 +209,7 @@ def on_each_device(local, spec: PartitionSpec, q, k, v, *rows):
     """Runs `local` on each device's own rows and heads: a kernel is opaque to the partitioner."""
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, *rows)
-    # check_vma=False: a kernel's outputs do not say over which axes they vary.
     row_spec = PartitionSpec(*spec[:2])
-    return jax.shard_map(
-        local,
-        in_specs=(spec, spec, spec, *(None if x is None else row_spec for x in rows)),
-        out_specs=spec,
-        check_vma=False,
-    )(q, k, v, *rows)
+    specs = (spec, spec, spec, *(None if x is None else row_spec for x in rows))
+    # check_vma=False: a kernel's outputs do not say over which axes they vary.
+    return shard_map(local, specs, spec, q, check_vma=False)(q, k, v, *rows)

@@ -119,42 +119,57 @@ class GatedMLP(nnx.Module):
 
 
 def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], rules: Rules, dtype: jnp.dtype
-) -> Float[Array, "B T D"]:
+    table: Float[Array, "V D"], tokens: Int[Array, "*M B T"], rules: Rules, dtype: jnp.dtype
+) -> Float[Array, "*M B T D"]:
     """Looks tokens up in a table split over both its dimensions, without gathering the table.
 
     Each device looks up the tokens of all its neighbours along the axes of `embed` in its own
     columns, and all-to-alls return whole vectors to whoever owns the tokens: activations travel
     instead of the table (for Llama 3 8B on 16 chips 32 MB instead of 1 GB), and the table's
     gradient needs no reduction over those axes. The vocabulary is split too: a device answers zero
-    for tokens that are not its own, and the sum is scattered into the residual stream.
+    for tokens that are not its own, and the sum is scattered into the residual stream: over its
+    positions, and over microbatches [M, B, T] where there are any.
     """
     vocab_axes, embed_axes = logical_to_mesh(rules.vocab), logical_to_mesh(rules.embed)
-    seq_axes, stream_axes = logical_to_mesh(rules.seq), logical_to_mesh(rules.act_seq)
-    scattered = tuple(axis for axis in stream_axes if axis in vocab_axes)
-    summed = tuple(axis for axis in vocab_axes if axis not in scattered)
-    replicas = tuple(a for a in logical_to_mesh(rules.batch) + seq_axes if a not in embed_axes)
+    seq_axes, cut = logical_to_mesh(rules.seq), tokens.ndim - 2
+    spec = stream_spec(rules, cut=bool(cut))
+    scattered = [
+        tuple(axis for axis in logical_to_mesh(axes) if axis in vocab_axes) for axes in spec
+    ]
+    summed = tuple(axis for axis in vocab_axes if axis not in sum(scattered, ()))
+
+    def dim_of(axis):
+        return cut + int(axis in seq_axes)
+
+    replicas = tuple(
+        axis for axis in logical_to_mesh(rules.batch) + seq_axes if axis not in embed_axes
+    )
 
     def lookup(table, tokens):
         table = _replica(table, replicas, dtype) if replicas else table
         for axis in embed_axes:
-            tokens = lax.all_gather(tokens, axis, axis=int(axis in seq_axes), tiled=True)
+            tokens = lax.all_gather(tokens, axis, axis=dim_of(axis), tiled=True)
         local = tokens - (lax.axis_index(vocab_axes) * table.shape[0] if vocab_axes else 0)
         mine = (local >= 0) & (local < table.shape[0])
         # The gradient of this lookup adds up in the table's own fp32.
         x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0).astype(dtype)
         for axis in reversed(embed_axes):
-            x = lax.all_to_all(x, axis, int(axis in seq_axes), 2, tiled=True)
-        if scattered:
-            x = lax.psum_scatter(x, scattered, scatter_dimension=1, tiled=True)
+            x = lax.all_to_all(x, axis, dim_of(axis), x.ndim - 1, tiled=True)
+        for dim, axes in enumerate(scattered):
+            if axes:
+                x = lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
         return lax.psum(x, summed) if summed else x
 
+    rows = P(*[None] * cut, rules.batch, rules.seq)
+    split = [
+        logical_to_mesh(axes) + new for axes, new in zip((*rows, None), scattered, strict=True)
+    ]
     found = jax.shard_map(
         lookup,
-        in_specs=(rules("vocab", "embed"), rules("batch", "seq")),
-        out_specs=P(rules.batch, (seq_axes + scattered) or None, None),
+        in_specs=(rules("vocab", "embed"), rows),
+        out_specs=P(*(axes or None for axes in split)),
     )(table, tokens)
-    return reshard(found, stream_spec(rules))
+    return reshard(found, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
-from jaxgen.nn.init import Elementwise
+from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 
 M = TypeVar("M", bound=nnx.Module)
@@ -83,7 +83,7 @@ def gather(module: M, rules: Rules, dtype: jnp.dtype, over: Axes = AXES) -> M:
     """
 
     def whole(param: nnx.Param) -> nnx.Param:
-        value = param[...].astype(dtype)
+        value = param[...].astype(jnp.float32 if isinstance(param, Precise) else dtype)
         if not isinstance(param, Elementwise):
             axes = ("layers",) * (value.ndim - len(param.axes)) + param.axes
             gathered = rules.gathered(*axes, over=over)

@@ -40,6 +40,6 @@ def leave(y: Float[Array, "B T D"], rules: Rules) -> Float[Array, "B T D"]:
     return reshard(y, stream_spec(rules))
 
 
-def stream_spec(rules: Rules) -> PartitionSpec:
-    """Returns the sharding of the residual stream [B, T, D]."""
-    return rules("batch", "act_seq", None)
+def stream_spec(rules: Rules, *, cut: bool = False) -> PartitionSpec:
+    """Returns the sharding of the residual stream: [B, T, D], or [M, B, T, D] in microbatches."""
+    return rules(*(("microbatch",) if cut else ()), "batch", "act_seq", None)

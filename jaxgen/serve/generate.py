@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.nn.init import Elementwise
+from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.serve.decode import Rows, decode, prefill
 from jaxgen.serve.sampler import SamplingConfig
 
@@ -196,20 +197,21 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
       split, and each layer is gathered when it runs.
 
     Raises:
-        UserError: the mesh splits sequences, and decoding has one token at a time.
+        UserError: the mesh has stages, or splits sequences; decoding has one token at a time.
     """
-    shards = model.rules.shards("seq", jax.sharding.get_mesh())
-    if shards > 1:
-        raise UserError(
-            f"rules.seq={model.rules.seq!r} splits sequences over {shards} devices, and decoding "
-            "has one token at a time; use mesh.context=1, and data, fsdp or tensor"
-        )
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis in ("pipeline", "context"):
+        if sizes.get(axis, 1) > 1:
+            raise UserError(
+                f"mesh.{axis}={sizes[axis]} cannot generate; tokens come one at a time, so use "
+                f"mesh.{axis}=1 and split over mesh.tensor or mesh.fsdp"
+            )
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
     # One token at a time leaves no positions to split the residual stream over.
     rules = dataclasses.replace(model.rules, act_seq=model.rules.seq)
     if _fits(model, dtype):
-        rules = dataclasses.replace(rules, embed=None)
+        rules = dataclasses.replace(rules, embed=None, expert_embed=None)
     compute = dataclasses.replace(model.compute, dtype=dtype)
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
     shape = jax.eval_shape(lambda: make(key=jax.random.key(0)).unstacked())
@@ -217,21 +219,29 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     def convert(param: nnx.Param) -> nnx.Param:
         value = param[...]
         if not isinstance(param, Elementwise):
-            value = reshard(value.astype(dtype), rules.here()(*param.axes))
+            value = value if isinstance(param, Precise) else value.astype(dtype)
+            value = reshard(value, rules.here()(*param.axes))
         return type(param)(value, axes=param.axes)
 
-    def is_param(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Param)
-
     def leaves(model: Decoder) -> list[jax.Array]:
-        return jax.tree.leaves(jax.tree.map(convert, model.unstacked(), is_leaf=is_param))
+        return jax.tree.leaves(jax.tree.map(convert, model.unstacked(), is_leaf=_is_param))
 
     return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(leaves)(model))
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
 
 
 def _fits(model: Decoder, dtype: Dtype) -> bool:
     """Whether a device can hold its weights whole over `fsdp`, and as much again."""
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
-    tensor = model.rules.shards("mlp", jax.sharding.get_mesh())
-    return model.config.num_params * jnp.dtype(dtype).itemsize / tensor < memory / 2
+    mesh = jax.sharding.get_mesh()
+    rules = dataclasses.replace(model.rules, embed=None, expert_embed=None)
+
+    def held(param: nnx.Param) -> float:
+        return param[...].size / math.prod(rules.shards(axis, mesh) for axis in param.axes if axis)
+
+    weights = sum(map(held, jax.tree.leaves(model, is_leaf=_is_param)))
+    return weights * jnp.dtype(dtype).itemsize < memory / 2

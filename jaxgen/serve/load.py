@@ -1,5 +1,6 @@
 """A trained model and its tokenizer, from a run directory or one of its checkpoints."""
 
+import dataclasses
 import os
 
 import jax
@@ -12,6 +13,7 @@ from jaxgen.config import CHECKPOINTS, FILE_NAME, TOKENIZER, TrainConfig
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.pipeline import Pipeline
 from jaxgen.sharding import abstract
 
 
@@ -47,8 +49,10 @@ def load_model(
     config.model.check_mesh(mesh, config.rules)
 
     def make() -> Decoder:
+        # Without repeats, as the checkpoint holds it.
+        compute = dataclasses.replace(config.compute, pipeline=Pipeline())
         key = jax.random.key(0)
-        return Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+        return Decoder(config.model, key=key, compute=compute, rules=config.rules)
 
     with CheckpointManager(run_dir / CHECKPOINTS) as checkpoints:
         model = checkpoints.restore(abstract(make, mesh), step=step, only="model").state

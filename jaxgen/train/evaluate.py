@@ -23,7 +23,7 @@ class EvalConfig:
 
 def evaluate_batch(model: Decoder, batch: Any) -> tuple[jax.Array, jax.Array]:
     """Returns (the sum of negative log-likelihoods in nats, the number of tokens that count)."""
-    _, nll = model.loss_sums(*batch)
+    _, nll, _ = model.loss_sums(*batch)
     return nll, jnp.sum(batch.weights)
 
 

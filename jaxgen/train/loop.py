@@ -19,7 +19,14 @@ from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
 from jaxgen.train.evaluate import evaluate
-from jaxgen.train.program import abstract_state, lower_evaluation, lower_step, make_state
+from jaxgen.train.program import (
+    abstract_state,
+    lower_evaluation,
+    lower_step,
+    make_state,
+    relayout,
+    stored_state,
+)
 from jaxgen.train.start import Program, start
 from jaxgen.train.step import TrainState
 
@@ -99,6 +106,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         if first == 0 and held_out.every:
             metrics.write(0, {}, **held_out(state.model))
         checkpoints.preload()
+        stored = stored_state(config, mesh)
         batches = stack.enter_context(loader.batches(first, config.train.steps))
         preemption = stack.enter_context(Preemption())
         for step, batch in enumerate(batches, start=first + 1):
@@ -112,7 +120,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             if last or stopping or checkpoints.due(step):
                 # First the metrics: a resumed run writes no line of a step before its checkpoint.
                 _stop_if_broken(config, metrics.flush())
-                checkpoints.save(step, state, about)
+                checkpoints.save(step, relayout(state, stored), about)
             if stopping:
                 break
         checkpoints.wait()
@@ -125,7 +133,8 @@ def _resume(
     """Returns the newest state of the run, or a fresh one, and how many steps it has done."""
     if checkpoints.latest_step() is None:
         return make_state(config, mesh), 0
-    state, step, about = checkpoints.restore(abstract_state(config, mesh))
+    state, step, about = checkpoints.restore(stored_state(config, mesh))
+    state = relayout(state, abstract_state(config, mesh))
     _check_same_data(config, about, packed.fingerprint, checkpoints)
     if step > config.train.steps:
         raise UserError(

@@ -132,9 +132,11 @@ def _muon_dimensions(model: Any) -> Any:
         # The stacked layer dimension is not among a parameter's axes.
         first = len(param[...].shape) - len(param.axes)
         dims = range(first, first + len(param.axes))
-        embed = [dim for dim in dims if param.axes[dim - first] == "embed"]
-        other = [dim for dim in dims if dim not in embed]
-        into, out = (embed, other) if embed[0] == first else (other, embed)
+        # Experts are matrices of their own, like layers.
+        axes = {dim: param.axes[dim - first] for dim in dims if param.axes[dim - first] != "expert"}
+        embed = [dim for dim, axis in axes.items() if axis in ("embed", "expert_embed")]
+        other = [dim for dim in axes if dim not in embed]
+        into, out = (embed, other) if embed[0] < other[0] else (other, embed)
         return contrib.MuonDimensionNumbers(tuple(into), tuple(out))
 
     return _over_params(dimensions, model)

@@ -3,6 +3,7 @@
 Everything here works on described devices too: it is what `plan` and the tests compile for a TPU.
 """
 
+import dataclasses
 import functools
 import threading
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,37 @@ _tracing = threading.Lock()
 @functools.lru_cache(maxsize=4)
 def _traced_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
     return abstract(lambda: init_state(config, jax.random.key(0)), mesh)
+
+
+def stored_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
+    """Returns the abstract state as checkpoints hold it, with the layers in one dimension."""
+    pipeline = dataclasses.replace(config.compute.pipeline, num_repeats=1)
+    compute = dataclasses.replace(config.compute, pipeline=pipeline)
+    return abstract_state(dataclasses.replace(config, compute=compute), mesh)
+
+
+def relayout(tree: Any, like: Any) -> Any:
+    """Returns the arrays of `tree` in the shapes and shardings of `like`, an abstract tree.
+
+    Layers are [R, L / R, ...] or [L, ...], and row by row these are the same: so this turns a state
+    of any number of repeats into that of another. Arrays that are already right are passed on; of
+    the others there are two copies while both trees live.
+    """
+
+    def move(x, target):
+        if x.shape == target.shape and x.sharding.is_equivalent_to(target.sharding, x.ndim):
+            return x
+        reshape = jax.jit(
+            jax.sharding.auto_axes(
+                lambda x: jnp.reshape(x, target.shape), out_sharding=target.sharding.spec
+            )
+        )
+        with jax.set_mesh(x.sharding.mesh):
+            return reshape(x)
+
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+    leaves = [move(x, target) for x, target in pairs]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
 
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.pipeline import cut
+from jaxgen.nn.router import RouterSums
 from jaxgen.train.optimizer import global_norm, learning_rate, make_optimizer
 
 if TYPE_CHECKING:
@@ -60,25 +61,28 @@ def train_step(
 
     A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes nothing
     but the counters. Metrics are scalars: loss (mean nats a token, without z-loss), grad_norm
-    (before clipping), learning_rate, tokens (that counted), skipped (so far), skipped_in_row.
+    (before clipping), learning_rate, tokens (that counted), skipped (so far), skipped_in_row; with
+    experts also `RouterSums.metrics`, whose losses each micro-batch forms of its own loads.
     """
-    accum = config.train.grad_accum_steps
+    accum, moe = config.train.grad_accum_steps, config.model.moe
     total_weight = jnp.sum(batch.weights)
 
     def loss_fn(model: Decoder, batch: Any):
-        objective, nll = model.loss_sums(*batch, z_loss=config.train.z_loss)
-        return objective / total_weight, nll / total_weight
+        objective, nll, routed = model.loss_sums(*batch, z_loss=config.train.z_loss)
+        return objective / total_weight, (nll / total_weight, routed)
 
     gradient: Any = jax.grad(loss_fn, has_aux=True)
     if accum == 1:
-        grads, loss = gradient(state.model, batch)
+        grads, (loss, routed) = gradient(state.model, batch)
     else:
 
         def accumulate(carry, micro_batch):
             return jax.tree.map(jnp.add, carry, gradient(state.model, micro_batch)), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros((), jnp.float32))
-        (grads, loss), _ = jax.lax.scan(accumulate, zeros, _micro_batches(batch, accum))
+        none = RouterSums.zeros(config.model.num_layers, moe.num_experts) if moe else None
+        zeros = (jax.tree.map(jnp.zeros_like, state.model), (jnp.zeros((), jnp.float32), none))
+        sums, _ = jax.lax.scan(accumulate, zeros, cut(batch, accum))
+        grads, (loss, routed) = sums
 
     grad_norm = global_norm(grads)
     optimizer = config.optimizer
@@ -88,6 +92,8 @@ def train_step(
     rate = learning_rate(optimizer, config.train.steps, state.step)
     direction, opt_state = _directions(optimizer, grads, state)
     model = jax.tree.map(lambda param, way: param + rate * way, state.model, direction)
+    if moe and moe.bias_update_rate and routed is not None:
+        model = model.balanced(routed.counts)
 
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     mean = state.grad_norm_mean
@@ -114,6 +120,8 @@ def train_step(
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
     }
+    if routed is not None:
+        metrics |= routed.metrics(total_weight)
     return state, metrics
 
 
@@ -132,14 +140,3 @@ def _directions(optimizer, grads, state: TrainState):
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.model, state.opt_state))
     update: Any = jax.sharding.auto_axes(update, out_sharding=specs)
     return update(grads, state.opt_state, state.model)
-
-
-def _micro_batches(batch: Any, num: int) -> Any:
-    """[B, T] -> [num, B / num, T], every micro-batch spread over all devices."""
-
-    def split(x: jax.Array) -> jax.Array:
-        spec = jax.typeof(x).sharding.spec
-        parts = x.reshape(x.shape[0] // num, num, *x.shape[1:])
-        return reshard(parts.swapaxes(0, 1), jax.sharding.PartitionSpec(None, *spec))
-
-    return jax.tree.map(split, batch)

@@ -4,7 +4,6 @@ import threading
 import time
 
 import corpus
-import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding

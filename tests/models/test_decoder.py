@@ -11,6 +11,7 @@ import pytest
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from jaxgen.nn.rope import RopeScaling
+from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat
 from jaxgen.serve.decode import empty_cache
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
@@ -44,6 +45,7 @@ OPTIONS = {
     "embed_scale": {"embed_scale": 4.0},
     "plus_one": {"norm_plus_one": True},
     "gelu": {"activation": "gelu"},
+    "experts": {"moe": MoEConfig(num_experts=4, num_experts_per_tok=2)},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "linear": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
     "llama3": {"rope_scaling": RopeScaling(kind="llama3", **SCALED)},
@@ -55,6 +57,16 @@ OPTIONS = {
         "rope_scaling": RopeScaling(kind="linear", factor=4.0),
     },
 }
+DEEPSEEK = MoEConfig(
+    num_experts=8,
+    num_experts_per_tok=3,
+    shared_mlp_dim=16,
+    router="sigmoid",
+    load_balance_weight=0.1,
+    z_loss_weight=0.01,
+    bias_update_rate=0.01,
+)
+OPTIONS["shared_expert"] = {"moe": DEEPSEEK}
 # Every option that shows its own code path, at once, as Gemma and Qwen have them.
 EVERYTHING = OPTIONS["local_theta"] | {
     "tie_embeddings": True,
@@ -67,6 +79,10 @@ EVERYTHING = OPTIONS["local_theta"] | {
     "norm_plus_one": True,
 }
 ONE, EIGHT = (MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)
+EXPERT_MESHES = {
+    "expert2_tensor2_data2": MeshConfig(data=2, fsdp=1, tensor=2, expert=2),
+    "expert4_fsdp2": MeshConfig(fsdp=2, expert=4),
+}
 
 
 def mesh_of(mesh):
@@ -222,6 +238,19 @@ def assert_same(got, expected, tolerance):
 def test_sharded_loss_and_gradients_equal_those_of_one_device(option):
     config = config_of(option)
     assert_same(loss_and_gradients(config, EIGHT), loss_and_gradients(config, ONE), 1e-5)
+
+
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+def test_experts_have_the_loss_and_gradients_of_one_device(mesh):
+    """Their own losses too, which are formed from totals over all devices."""
+    config = config_of("shared_expert")
+    sharded = loss_and_gradients(config, (EXPERT_MESHES[mesh], 8))
+    one = loss_and_gradients(config, ONE)
+    np.testing.assert_allclose(sharded[0], one[0], rtol=1e-6)
+    assert_same(sharded, one, 1e-5)
+    unbalanced = dataclasses.replace(DEEPSEEK, load_balance_weight=0.0, z_loss_weight=0.0)
+    without = loss_and_gradients(dataclasses.replace(config, moe=unbalanced), ONE)
+    assert one[0] > without[0] * 1.001, "the routers' losses are not in the objective"
 
 
 def test_kv_heads_may_be_whole_where_query_heads_are_split():

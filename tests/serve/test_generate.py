@@ -11,6 +11,7 @@ import pytest
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from jaxgen.nn.router import MoEConfig
 from jaxgen.serve import generate as module
 from jaxgen.serve.decode import decode, prefill
 from jaxgen.serve.generate import Generator, bucket, for_serving, generate, generate_text
@@ -40,9 +41,9 @@ def mesh_of(mesh):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def make(config=CONFIG, dtype="float32"):
+def make(config=CONFIG, dtype="float32", dispatch="all_gather"):
     """A model of random numbers, the same on every mesh."""
-    compute = ComputeConfig(dtype=dtype)
+    compute = ComputeConfig(dtype=dtype, expert_dispatch=dispatch)
     abstract = jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0), compute=compute))
     rng = np.random.default_rng(0)
 
@@ -110,6 +111,26 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
     with jax.set_mesh(mesh_of(EIGHT)):
         sharded = Generator(make())
         assert ("fsdp" in str(sharded.model.layers[0].mlp.up[...].sharding.spec)) is not whole
+        assert sharded(RAGGED, samplings) == expected
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
+def test_experts_give_the_tokens_of_one_device(whole, monkeypatch):
+    """One token a row travels to its experts too, by either way."""
+    monkeypatch.setattr(module, "_fits", lambda model, dtype: whole)
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, shared_mlp_dim=16, router="sigmoid")
+    config = dataclasses.replace(CONFIG, moe=moe)
+    samplings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
+    with jax.set_mesh(mesh_of(ONE)):
+        expected = Generator(make(config))(RAGGED, samplings)
+    assert len({tuple(row) for row in expected}) == len(RAGGED)
+    mesh = MeshConfig(fsdp=2, tensor=2, expert=2)
+    dispatch = "all_gather" if whole else "all_to_all"
+    with jax.set_mesh(mesh_of((mesh, 8))):
+        sharded = Generator(make(config, dispatch=dispatch))
+        experts = str(sharded.model.layers[0].mlp.up[...].sharding.spec)
+        assert "expert" in experts
+        assert ("fsdp" in experts) is not whole
         assert sharded(RAGGED, samplings) == expected
 
 

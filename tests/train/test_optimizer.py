@@ -1,5 +1,6 @@
 """Schedules against a formula in NumPy, and directions against optax used the ordinary way."""
 
+import dataclasses
 import functools
 import math
 
@@ -15,6 +16,7 @@ from small_runs import GEMMA, LLAMA, ONE, on_host
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.init import Elementwise
+from jaxgen.nn.router import MoEConfig
 from jaxgen.sharding import make_mesh
 from jaxgen.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
@@ -181,6 +183,18 @@ def test_muon_orthogonalises_every_hidden_matrix_of_every_layer():
     for name in ("gate", "up", "down"):
         parts = [getattr(tree.layers.mlp, name)[...] for tree in (before, after, grads)]
         check_muon(*map(np.asarray, parts))
+
+
+def test_muon_orthogonalises_every_expert():
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2)
+    model = model_of(dataclasses.replace(LLAMA, moe=moe))
+    tx = make_optimizer(OptimizerConfig("muon", weight_decay=0.0))
+    grads = random_like(model, 0)
+    before = jax.tree.map(np.asarray, model)
+    after = jax.tree.unflatten(jax.tree.structure(model), updates(tx, model, 1, 1.0)[0])
+    for name in ("gate", "up", "down", "router"):
+        parts = [np.asarray(getattr(tree.layers.mlp, name)[...]) for tree in (before, after, grads)]
+        check_muon(*(part.reshape(-1, *part.shape[-2:]) for part in parts))
 
 
 def check_muon(before, after, grads):

@@ -3,11 +3,14 @@
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from small_runs import GEMMA, ONE, config_of, program, rows
 
-from jaxgen.sharding import MeshConfig
-from jaxgen.train.program import abstract_state
+from jaxgen.sharding import MeshConfig, make_mesh
+from jaxgen.train.program import abstract_state, relayout
 
 
 @pytest.mark.smoke
@@ -40,3 +43,21 @@ def test_another_shape_is_refused_and_not_compiled():
     run = program(config_of(GEMMA))
     with pytest.raises(TypeError, match="compiled"):
         run.step(run.new_state(), run.place(rows(0, num_rows=4)))
+
+
+def test_relayout_changes_the_shape_and_not_the_order():
+    mesh = make_mesh(MeshConfig(fsdp=1, pipeline=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        x = np.arange(16 * 3).reshape(16, 3)
+        stored = jax.device_put(x, P("pipeline"))
+        like = jax.ShapeDtypeStruct(
+            (2, 8, 3), x.dtype, sharding=jax.NamedSharding(mesh, P(None, "pipeline", None))
+        )
+        other = jnp.zeros(3)
+        tree = relayout({"layers": stored, "other": other}, {"layers": like, "other": other})
+    assert tree["layers"].sharding == like.sharding
+    np.testing.assert_array_equal(tree["layers"], x.reshape(2, 8, 3))
+    assert tree["other"] is other
+    back = relayout(tree, {"layers": stored, "other": other})
+    assert back["layers"].sharding.is_equivalent_to(stored.sharding, 2)
+    np.testing.assert_array_equal(back["layers"], x)
