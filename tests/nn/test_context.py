@@ -204,7 +204,7 @@ def test_each_device_sends_its_keys_and_values_to_all_others(program):
         if collective.dtype == "f32":
             sent[collective.kind] = sent.get(collective.kind, 0) + collective.wire_bytes
     keys_values = 2 * 4 * (4 * SEQ_LEN // 8 * 2 * 8)
-    # In this program nothing is recomputed, so the ring's first hop may be kept for its second round.
+    # Nothing is recomputed here, so that what came in the ring's first hop may be kept.
     hops = 7 * keys_values
     if method == "ring":
         assert set(sent) == {"collective-permute"}
