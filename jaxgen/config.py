@@ -20,7 +20,7 @@ from jaxgen.checkpoint.manager import CheckpointConfig
 from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
 from jaxgen.metrics import MetricsConfig
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.sharding import MeshConfig, Rules, logical_to_mesh
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig

@@ -27,7 +27,7 @@ from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
 if TYPE_CHECKING:
-    from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+    from jaxgen.models.config import ComputeConfig, DecoderConfig
 
 Dispatch = Literal["all_gather", "all_to_all"]
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.init import Maker
 from jaxgen.nn.moe import MoE
 from jaxgen.nn.pipeline import each_stage

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
-from jaxgen.models.decoder import DecoderConfig
+from jaxgen.models.config import DecoderConfig
 from jaxgen.nn.router import MoEConfig
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh
