@@ -88,7 +88,17 @@ class TrainConfig:
                 f"train.batch_size={train.batch_size} is not divisible by {' x '.join(parts)}; "
                 f"use train.batch_size={best}"
             )
-        rules.check(mesh, {"seq": ("train.seq_len", train.seq_len)})
+        # Two chunks on each device of a sequence (zigzag), and equal parts of the residual stream.
+        context, parts = rules.shards("seq", mesh), rules.shards("act_seq", mesh)
+        multiple = math.lcm(2 * context if context > 1 else 1, parts)
+        if train.seq_len % multiple:
+            axes = dict.fromkeys(logical_to_mesh(rules.seq) + logical_to_mesh(rules.act_seq))
+            given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            best = -(-train.seq_len // multiple) * multiple
+            raise UserError(
+                f"train.seq_len={train.seq_len} is not divisible by {multiple}, as sequences over "
+                f"{given} need; use train.seq_len={best}, or fewer devices a sequence"
+            )
 
 
 def load_config(source: str, overrides: Mapping[str, str] | None = None) -> TrainConfig:

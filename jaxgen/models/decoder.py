@@ -5,7 +5,7 @@ B batch, T queries, S cache slots, D embed, V vocab, L layers, E experts.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +207,10 @@ class ComputeConfig:
     expert_capacity: float | None = None
     """all_to_all: tokens that a device has room for, over an even share; tokens beyond it lose that
     expert and are counted. None for the worst case, which drops nothing."""
+    gather_once: Axes = None
+    """Mesh axes over which the layers' weights are gathered once a step, and their gradients
+    reduced once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
+    the memory of all layers in the compute dtype."""
 
     def __post_init__(self):
         if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":
@@ -286,7 +290,7 @@ class Decoder(nnx.Module):
     def _hidden(
         self, tokens, positions, segments, cache: KVCache | None = None
     ) -> tuple[Float[Array, "*M B T D"], KVCache | None, RouterStats | None]:
-        """`hidden`, and what the routers did: stacked, from layers that are."""
+        """`hidden`, and what the routers of all layers did."""
         config, rules = self.config, self.rules.here()
         x = embed(self.embedding[...], tokens, rules, self.dtype)
         if config.embed_scale is not None:
@@ -338,11 +342,14 @@ class Decoder(nnx.Module):
         layers = self.layers
         if self.compute.gather_once:
             layers = gather(layers, rules, self.dtype, self.compute.gather_once)
+        ys: Any
         x, ys = run(layers, body, x, (local, layer_caches))
-        if cache is None:
-            return self.norm(x), None, ys[1] if stacked else None
-        layer_caches = [layer_cache for layer_cache, _ in ys]
-        return self.norm(x), KVCache(layer_caches, keys, cache.used + tokens.shape[1]), None
+        layer_caches, stats = ys if stacked else map(list, zip(*ys, strict=True))
+        if not stacked:
+            stats = jax.tree.map(lambda *each: jnp.stack(each), *stats)
+        if cache is not None:
+            cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
+        return self.norm(x), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns fp32 logits, split over the vocabulary."""
@@ -397,6 +404,7 @@ class Decoder(nnx.Module):
         )
         if (moe := self.config.moe) is None:
             return objective, nll, None
+        assert stats is not None
         sums = RouterSums.of(moe, stats, jnp.sum(weights))
         objective += moe.load_balance_weight * sums.load_balance_loss
         return objective + moe.z_loss_weight * sums.router_z_loss, nll, sums

@@ -91,7 +91,7 @@ def attend(
         raise ValueError(f"in_order, but {q.shape[1]} queries and {k.shape[1]} keys")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = heads_like(q, k), heads_like(q, v)
-    shards = _shards(head_spec(q)[1])
+    shards = num_shards(head_spec(q)[1])
     if shards > 1 and not in_order:
         raise ValueError("attention over a split sequence needs in_order")
     device = mesh_device()
@@ -181,7 +181,7 @@ def head_spec(x: jax.Array) -> PartitionSpec:
     return PartitionSpec(batch, seq, heads, None)
 
 
-def _shards(axes: Axes) -> int:
+def num_shards(axes: Axes) -> int:
     """Returns into how many parts mesh axes split a dimension."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in logical_to_mesh(axes))
@@ -197,7 +197,7 @@ def heads_like(q: jax.Array, kv: jax.Array) -> jax.Array:
     if head_spec(kv) == spec:
         return kv
     group = q.shape[2] // kv.shape[2]
-    served = math.gcd(group, q.shape[2] // _shards(spec[2]))
+    served = math.gcd(group, q.shape[2] // num_shards(spec[2]))
     heads = jnp.arange(0, q.shape[2], served) // group
     return kv.at[:, :, heads].get(out_sharding=spec)
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import HIDDEN, QUERY_CHUNK
-from jaxgen.nn.flash import SplashBlocks, largest_tile
+from jaxgen.nn.flash import MAX_FUSED_COPIES, SplashBlocks, largest_tile
 
 KERNELS = ("_splash_attention_forward", "_splash_attention_bwd_dq", "_splash_attention_bwd_dkv")
 
@@ -140,16 +140,35 @@ def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
     return q.reshape(batch, k.shape[1], heads // k.shape[1], *rest)
 
 
-def _visible(where: Where, kv_places: jax.Array, window: int | None, past: bool):
-    """Returns which query sees which key [B or 1, T, S], and whether any does, segments aside."""
-    distance_TS = where.q_places[:, None] - kv_places[None]
-    within = jnp.full(distance_TS.shape, True) if past else distance_TS >= 0
-    if window is not None:
-        within &= distance_TS < window
-    visible = within[None]
-    if where.q_segments is not None and where.kv_segments is not None:
-        visible = visible & (where.q_segments[:, :, None] == where.kv_segments[:, None])
-    return visible, within.any()
+def _scan(body: Any, carry: Any, chunks: Any) -> tuple[Any, Any]:
+    """`lax.scan`, without a loop for a single chunk, which would be compiled for nothing."""
+    if jax.tree.leaves(chunks)[0].shape[0] > 1:
+        return lax.scan(body, carry, chunks)
+    carry, y = body(carry, jax.tree.map(lambda x: x[0], chunks))
+    return carry, jax.tree.map(lambda x: x[None], y)
+
+
+def _within(places: tuple[jax.Array, jax.Array], options: Options, past: bool) -> jax.Array:
+    """Returns which key is near enough, and not after the query: [T, S]."""
+    q_places, kv_places = places
+    distance_TS = q_places[:, None] - kv_places[None]
+    within_TS = jnp.full(distance_TS.shape, True) if past else distance_TS >= 0
+    return within_TS if options.window is None else within_TS & (distance_TS < options.window)
+
+
+def _visible(within_TS: jax.Array, segments: tuple[Any, Any]) -> jax.Array:
+    """Returns which query sees which key: [B or 1, T, S]."""
+    of_queries, of_keys = segments
+    if of_queries is None:
+        return within_TS[None]
+    return within_TS[None] & (of_queries[:, :, None] == of_keys[:, None])
+
+
+def _unless_hidden(within_TS: jax.Array, look: Any, skip: Any) -> Any:
+    """Returns look(), or, where chunks are large and no key is within reach, skip()."""
+    if max(within_TS.shape) < QUERY_CHUNK:
+        return look()
+    return lax.cond(within_TS.any(), look, skip)
 
 
 def _scores(q_BKGTH, k_BKSH, visible_BTS, soft_cap):
@@ -168,13 +187,13 @@ def _xla_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
         _chunks((k, v), 2), _chunks(jnp.arange(k.shape[2]), 0), _chunks(where.kv_segments, 1)
     )  # fmt: skip
 
-    def queries(chunk):
+    def queries(_, chunk):
         q_BKGTH, q_places, q_segments = chunk
 
         def keys(seen, chunk):
             (k_BKSH, v_BKSH), kv_places, kv_segments = chunk
-            spans = Where(q_places, q_segments, kv_segments)
-            visible, any_visible = _visible(spans, kv_places, options.window, past)
+            within = _within((q_places, kv_places), options, past)
+            visible = _visible(within, (q_segments, kv_segments))
 
             def look():
                 scores, _ = _scores(q_BKGTH, k_BKSH, visible, options.soft_cap)
@@ -189,14 +208,14 @@ def _xla_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
                 )
                 return merge(seen, Part(out, highest + jnp.log(total)))
 
-            return lax.cond(any_visible, look, lambda: seen), None
+            return _unless_hidden(within, look, lambda: seen), None
 
-        return lax.scan(keys, nothing(q_BKGTH), kv_chunks)[0]
+        return None, _scan(keys, nothing(q_BKGTH), kv_chunks)[0]
 
     q_chunks = (
         _chunks(_grouped(q, k), 3), _chunks(where.q_places, 0), _chunks(where.q_segments, 1)
     )  # fmt: skip
-    out, lse = lax.map(queries, q_chunks)
+    _, (out, lse) = _scan(queries, None, q_chunks)
     return Part(_whole(out, 3).reshape(q.shape), _whole(lse, 3).reshape(q.shape[:-1]))
 
 
@@ -211,8 +230,8 @@ def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
 
         def keys(dq_BKGTH, chunk):
             (k_BKSH, v_BKSH), kv_places, kv_segments = chunk
-            spans = Where(q_places, q_segments, kv_segments)
-            visible, any_visible = _visible(spans, kv_places, options.window, past)
+            within = _within((q_places, kv_places), options, past)
+            visible = _visible(within, (q_segments, kv_segments))
 
             def product(subscripts, *operands):
                 return jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32)
@@ -231,10 +250,10 @@ def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
                 zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
                 return dq_BKGTH, (zeros, zeros)
 
-            return lax.cond(any_visible, look, skip)
+            return _unless_hidden(within, look, skip)
 
         zeros = jnp.zeros(q_BKGTH.shape, jnp.float32)
-        dq, more = lax.scan(keys, zeros, kv_chunks)
+        dq, more = _scan(keys, zeros, kv_chunks)
         return jax.tree.map(jnp.add, dkv, more), dq
 
     lse, dout, delta = whole
@@ -243,7 +262,7 @@ def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
         _chunks(grouped, 3), _chunks(where.q_places, 0), _chunks(where.q_segments, 1)
     )  # fmt: skip
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv_chunks[0])
-    (dk, dv), dq = lax.scan(queries, zeros, q_chunks)
+    (dk, dv), dq = _scan(queries, zeros, q_chunks)
     return _whole(dq, 3).reshape(q.shape), _whole(dk, 2), _whole(dv, 2)
 
 
@@ -341,10 +360,12 @@ def _splash_forward(q, k, v, where: Where, options: Options, past: bool) -> Part
         return out, lse
 
     out, lse = _on_rows(row, where, q, k, v)
-    # A query all of whose tiles were skipped has 0 / 0 and log(0).
-    seen = lse > HIDDEN
-    out = jnp.where(seen[..., None], out.astype(jnp.float32), 0.0)
-    return Part(out, jnp.where(seen, lse, HIDDEN))
+    out = out.astype(jnp.float32)
+    if past and options.window is not None:
+        # A query all of whose tiles were skipped has 0 / 0 and log(0).
+        out = jnp.where((lse > HIDDEN)[..., None], out, 0.0)
+        lse = jnp.maximum(lse, HIDDEN)
+    return Part(out, lse)
 
 
 def _splash_backward(q, k, v, where: Where, options: Options, whole, past: bool):
@@ -352,6 +373,7 @@ def _splash_backward(q, k, v, where: Where, options: Options, whole, past: bool)
     assert blocks is not None
     tile = largest_tile(options.chunk, blocks.tile)
     rows, columns, sees = _mask(where, k.shape[2], tile, options, past)
+    fused = blocks.fused and k.shape[2] // tile <= MAX_FUSED_COPIES
     shared = {
         "bq": tile,
         "bkv": tile,
@@ -367,13 +389,15 @@ def _splash_backward(q, k, v, where: Where, options: Options, whole, past: bool)
 
     def row(q, k, v, lse, dout, delta, segment_ids):
         arrays = (q, k, v, segment_ids, None, lse, dout, delta)
-        _, dk, dv = lib._splash_attention_bwd_dkv(
+        dq, dk, dv = lib._splash_attention_bwd_dkv(
             *arrays,
             mask_info=columns,
             bkv_compute=largest_tile(tile, blocks.compute),
-            use_fused_bwd_kernel=False,
+            use_fused_bwd_kernel=fused,
             **shared,
         )
-        return lib._splash_attention_bwd_dq(*arrays, mask_info=rows, **shared), dk, dv
+        if not fused:
+            dq = lib._splash_attention_bwd_dq(*arrays, mask_info=rows, **shared)
+        return dq, dk, dv
 
     return _on_rows(row, where, q, k, v, *whole)

@@ -214,13 +214,11 @@ def run_stages(
 
     (_, belts), ys = lax.scan(one_tick, feed(x), jnp.arange(schedule.ticks))
     # A microbatch comes back to the stage it started from, (S - 1) % (M / S) slots further on.
-    slots = microbatches // stages
-    last = jax.shard_map(
-        lambda stream: jnp.roll(stream, -((stages - 1) % slots), axis=0),
-        in_specs=_spec(x),
-        out_specs=_spec(x),
-    )(belts[0])
-    return last, jax.tree.map(lambda y: _sum_ys(y, schedule), ys)
+    turn = -((stages - 1) % (microbatches // stages))
+    back = jax.shard_map(
+        lambda stream: jnp.roll(stream, turn, axis=0), in_specs=_spec(x), out_specs=_spec(x)
+    )
+    return back(belts[0]), jax.tree.map(lambda y: _sum_ys(y, schedule), ys)
 
 
 def _belts(schedule: Schedule, rules: Rules) -> tuple[Callable, Callable]:

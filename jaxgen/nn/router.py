@@ -117,10 +117,21 @@ class RouterSums(NamedTuple):
             counts=stats.counts,
         )
 
-    def imbalance(self) -> Float[Array, ""]:
-        """Returns the largest load of an expert over the mean of its layer, in the worst layer."""
+    def metrics(self, weight: Float[Array, ""]) -> dict[str, jax.Array]:
+        """Returns what a training step reports of batches whose tokens weigh `weight`.
+
+        load_balance_loss and router_z_loss are means over layers and batches; dropped_tokens are
+        choices, in all layers; expert_imbalance is the largest load of an expert over the mean of
+        its layer, in the worst layer.
+        """
         counts = self.counts.astype(jnp.float32)
-        return jnp.max(counts / jnp.maximum(jnp.mean(counts, axis=-1, keepdims=True), 1.0))
+        mean = jnp.maximum(jnp.mean(counts, axis=-1, keepdims=True), 1.0)
+        return {
+            "load_balance_loss": self.load_balance_loss / weight,
+            "router_z_loss": self.router_z_loss / weight,
+            "dropped_tokens": self.dropped,
+            "expert_imbalance": jnp.max(counts / mean),
+        }
 
 
 def route(

@@ -197,13 +197,15 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
       split, and each layer is gathered when it runs.
 
     Raises:
-        UserError: the mesh has pipeline stages, which would wait for each other at every token.
+        UserError: the mesh has stages, or splits sequences; decoding has one token at a time.
     """
-    if (stages := jax.sharding.get_abstract_mesh().shape.get("pipeline", 1)) > 1:
-        raise UserError(
-            f"mesh.pipeline={stages} cannot generate; use mesh.pipeline=1 and split over "
-            "mesh.tensor or mesh.fsdp"
-        )
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis in ("pipeline", "context"):
+        if sizes.get(axis, 1) > 1:
+            raise UserError(
+                f"mesh.{axis}={sizes[axis]} cannot generate; tokens come one at a time, so use "
+                f"mesh.{axis}=1 and split over mesh.tensor or mesh.fsdp"
+            )
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
     # One token at a time leaves no positions to split the residual stream over.

@@ -61,10 +61,8 @@ def train_step(
 
     A step whose loss or gradient is not finite, or whose gradient norm is a spike, changes nothing
     but the counters. Metrics are scalars: loss (mean nats a token, without z-loss), grad_norm
-    (before clipping), learning_rate, tokens (that counted), skipped (so far), skipped_in_row; of
-    experts also load_balance_loss and router_z_loss (unweighted, means over layers and, by tokens,
-    over micro-batches, each of which forms its own), dropped_tokens (choices that found no room, in
-    all layers), expert_imbalance (the largest load over the mean, in the worst layer).
+    (before clipping), learning_rate, tokens (that counted), skipped (so far), skipped_in_row; with
+    experts also `RouterSums.metrics`, whose losses each micro-batch forms of its own loads.
     """
     accum, moe = config.train.grad_accum_steps, config.model.moe
     total_weight = jnp.sum(batch.weights)
@@ -81,7 +79,7 @@ def train_step(
         def accumulate(carry, micro_batch):
             return jax.tree.map(jnp.add, carry, gradient(state.model, micro_batch)), None
 
-        none = moe and RouterSums.zeros(config.model.num_layers, moe.num_experts)
+        none = RouterSums.zeros(config.model.num_layers, moe.num_experts) if moe else None
         zeros = (jax.tree.map(jnp.zeros_like, state.model), (jnp.zeros((), jnp.float32), none))
         sums, _ = jax.lax.scan(accumulate, zeros, cut(batch, accum))
         grads, (loss, routed) = sums
@@ -94,7 +92,7 @@ def train_step(
     rate = learning_rate(optimizer, config.train.steps, state.step)
     direction, opt_state = _directions(optimizer, grads, state)
     model = jax.tree.map(lambda param, way: param + rate * way, state.model, direction)
-    if moe and moe.bias_update_rate:
+    if moe and moe.bias_update_rate and routed is not None:
         model = model.balanced(routed.counts)
 
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -123,12 +121,7 @@ def train_step(
         "skipped_in_row": state.skipped_in_row,
     }
     if routed is not None:
-        metrics |= {
-            "load_balance_loss": routed.load_balance_loss / total_weight,
-            "router_z_loss": routed.router_z_loss / total_weight,
-            "dropped_tokens": routed.dropped,
-            "expert_imbalance": routed.imbalance(),
-        }
+        metrics |= routed.metrics(total_weight)
     return state, metrics
 
 

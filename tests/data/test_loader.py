@@ -4,7 +4,6 @@ import threading
 import time
 
 import corpus
-import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -13,7 +12,7 @@ from jaxgen.data.dataset import prepare
 from jaxgen.data.loader import Loader, rows_of
 from jaxgen.data.sources import Source
 from jaxgen.errors import UserError
-from jaxgen.sharding import MeshConfig, Rules, make_mesh
+from jaxgen.sharding import MeshConfig, Rules, make_mesh, zigzag
 
 BATCH, SEQ_LEN = 8, 64
 
@@ -109,12 +108,35 @@ def test_the_batch_is_the_same_on_every_mesh(packed, axes):
             np.testing.assert_array_equal(shard.data, np.asarray(array)[shard.index])
 
 
-def test_a_sequence_split_over_devices(packed):
-    mesh = jax.make_mesh((2, 4), ("data", "context"))
-    given = NamedSharding(mesh, jax.sharding.PartitionSpec("data", "context"))
+def test_zigzag_by_hand():
+    assert zigzag(8, 1).tolist() == list(range(8))
+    assert zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert zigzag(12, 3).tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("axes", [{"context": 4}, {"context": 2, "tensor": 2}, {"context": 8}])
+def test_a_sequence_split_over_devices_is_in_zigzag_order(packed, axes):
+    """Every device's tokens, targets and all else are its two chunks of the natural rows."""
+    given = sharding(**axes)
     loader = Loader(packed, BATCH, given)
-    assert_equal(loader.batch(0), loader.host_batch(0))
-    assert loader.batch(0).tokens.addressable_shards[0].data.shape == (4, 16)
+    natural, shards = loader.host_batch(3), axes["context"]
+    chunk = SEQ_LEN // (2 * shards)
+    for array, whole in zip(loader.batch(3), natural, strict=True):
+        assert array.sharding == given
+        for shard in array.addressable_shards:
+            rows, tokens = shard.index
+            number = (tokens.start or 0) // (2 * chunk)
+            low = whole[rows, number * chunk :][:, :chunk]
+            high = whole[rows, (2 * shards - 1 - number) * chunk :][:, :chunk]
+            np.testing.assert_array_equal(shard.data, np.concatenate([low, high], axis=1))
+
+
+def test_held_out_rows_are_in_zigzag_order_too(packed):
+    (stored,), (natural,) = (
+        list(Loader(packed, BATCH, given).held_out(1)) for given in (sharding(context=2), None)
+    )
+    order = zigzag(SEQ_LEN, 2)
+    assert_equal(stored, type(natural)(*(np.asarray(x)[:, order] for x in natural)))
 
 
 def test_sources_are_mixed_by_weight(packed):

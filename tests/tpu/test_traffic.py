@@ -5,12 +5,14 @@ bandwidth-optimal algorithm of each collective.
 """
 
 import collections
+import dataclasses
 
 import pytest
 
 from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
 from jaxgen.models.decoder import DecoderConfig
+from jaxgen.nn.router import MoEConfig
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.loop import LoopConfig
@@ -66,10 +68,43 @@ def tensor(model, devices):
     }
 
 
+def context(model, devices):
+    keys_values = 2 * SIZE * ROWS * TOKENS // devices * model.num_kv_heads * model.head_dim
+    hops = (devices - 1) * keys_values
+    return fsdp(model, devices) | {"collective-permute": 4 * model.num_layers * hops}
+
+
+def pipeline(model, devices):
+    stream = SIZE * ROWS * TOKENS * model.embed_dim
+    microbatch = stream / devices
+    ticks = 2 * devices - 1
+    return {
+        "all-gather": share(devices) * 2 * stream,
+        "reduce-scatter": share(devices) * 2 * stream,
+        "collective-permute": 4 * ticks * microbatch,
+    }
+
+
+def expert(model, devices):
+    stream = share(devices) * SIZE * ROWS * TOKENS * model.embed_dim
+    dense = dataclasses.replace(model, mlp_dim=0, moe=None)
+    found = fsdp(dense, devices)
+    found["all-gather"] += 3 * stream * model.num_layers
+    found["reduce-scatter"] += 2 * stream * model.num_layers
+    return found
+
+
+DEEP = dataclasses.replace(MODEL, num_layers=8)
+EXPERTS = dataclasses.replace(
+    MODEL, mlp_dim=1024, moe=MoEConfig(num_experts=8, num_experts_per_tok=2)
+)
 CASES = {
-    "fsdp": (MeshConfig(fsdp=8), fsdp),
-    "data": (MeshConfig(data=8, fsdp=1), data),
-    "tensor": (MeshConfig(fsdp=1, tensor=8), tensor),
+    "fsdp": (MeshConfig(fsdp=8), MODEL, fsdp),
+    "data": (MeshConfig(data=8, fsdp=1), MODEL, data),
+    "tensor": (MeshConfig(fsdp=1, tensor=8), MODEL, tensor),
+    "context": (MeshConfig(fsdp=1, context=8), MODEL, context),
+    "pipeline": (MeshConfig(fsdp=1, pipeline=8), DEEP, pipeline),
+    "expert": (MeshConfig(fsdp=1, expert=8), EXPERTS, expert),
 }
 
 
@@ -82,10 +117,10 @@ def sent(compiled, mesh):
     return found
 
 
-def step(mesh_config, devices):
+def step(mesh_config, model, devices):
     loop = LoopConfig(batch_size=ROWS, seq_len=TOKENS)
     config = TrainConfig(
-        name="traffic", model=MODEL, data=DataConfig(), mesh=mesh_config, train=loop
+        name="traffic", model=model, data=DataConfig(), mesh=mesh_config, train=loop
     )
     mesh = make_mesh(mesh_config, devices=devices)
     return compile_step(config, mesh), mesh
@@ -93,9 +128,9 @@ def step(mesh_config, devices):
 
 @pytest.mark.parametrize("axis", CASES)
 def test_a_step_sends_what_theory_says(axis, describe):
-    config, formula = CASES[axis]
-    compiled, mesh = step(config, describe("v5e:2x4"))
-    found, expected = sent(compiled, mesh), formula(MODEL, 8)
+    config, model, formula = CASES[axis]
+    compiled, mesh = step(config, model, describe("v5e:2x4"))
+    found, expected = sent(compiled, mesh), formula(model, 8)
     assert set(found) == {axis}
     found = found[axis]
     if axis == "fsdp":
