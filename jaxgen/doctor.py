@@ -1,14 +1,16 @@
 """What a machine gets right: versions, kernels, collectives, and every mesh against one device.
 
-B batch, T tokens, N heads, K kv heads, G = N / K, H head dim.
+B batch, T tokens, N heads, K kv heads, H head dim.
 """
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import statistics
 import textwrap
 import time
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,19 +18,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import hardware_utils  # What the PCI bus says has no public name.
+from jax.sharding import NamedSharding
 
 from jaxgen import __version__, parity
 from jaxgen.collectives import COLLECTIVES, count_wrong
 from jaxgen.config import TrainConfig
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import attend
-from jaxgen.sharding import AXES, make_mesh
+from jaxgen.nn.init import Maker
+from jaxgen.nn.moe import Dispatch, MoE
+from jaxgen.nn.stack import gather
+from jaxgen.nn.stream import stream_spec
+from jaxgen.references import attention_reference, experts_reference
+from jaxgen.sharding import AXES, Rules, make_mesh
 from jaxgen.tables import columns
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu")
 # Norm of the difference over the norm. Measured on CPU at T=1024: 7e-7 in fp32, 4e-3 in bf16. A
 # window that is one token short is 2e-2 off, or more.
 ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+EXPERTS_TOLERANCE = 1e-5
 WRONG, REFUSED = "WRONG", "refused"
 
 
@@ -48,7 +57,8 @@ def examine() -> bool:
     one prints only what is wrong with it.
     """
     wrong, first = 0, jax.process_index() == 0
-    for section in (versions(), devices(), attention(), collectives(), parity_matrix()):
+    sections = (versions, devices, attention, experts, collectives, parity_matrix)
+    for section in (make() for make in sections):
         if first:
             print(section.title, flush=True)
         rows = list(section.rows)
@@ -151,6 +161,65 @@ def attention() -> Section:
     )
 
 
+def experts() -> Section:
+    """Each way that tokens travel to their experts against a loop over all experts."""
+    num = jax.device_count()
+    part = math.gcd(num, 8)
+    mesh = make_mesh(dataclasses.replace(parity.ONE, expert=part, data=num // part))
+
+    def check(dispatch: Any):
+        compute = dataclasses.replace(parity.MOE.compute, expert_dispatch=dispatch)
+        rng = np.random.default_rng(0)
+        x, g = rng.standard_normal((2, num, 16, parity.MOE.model.embed_dim)).astype(np.float32)
+        counted = np.arange(16)[None, :] < np.arange(num)[:, None] % 8 + 9
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            maker = Maker(jax.random.key(0), Rules())
+            moe = jax.jit(lambda: MoE(maker, parity.MOE.model, compute))()
+            rules = Rules().here()
+            spans = [parity.place(a, NamedSharding(mesh, stream_spec(rules))) for a in (x, g)]
+            here = parity.place(counted, NamedSharding(mesh, rules("batch", "act_seq")))
+
+            @jax.jit
+            def run(moe, x, g, counted):
+                def call(moe, x):
+                    return gather(moe, rules, jnp.dtype(jnp.float32))(x, counted)[0]
+
+                out, vjp = jax.vjp(call, moe, x)
+                return out, *vjp(g)
+
+            got = jax.block_until_ready(run(moe, *spans, here))
+            begin = time.perf_counter()
+            jax.block_until_ready(run(moe, *spans, here))
+            seconds = time.perf_counter() - begin
+        with jax.default_matmul_precision("highest"):
+            out, vjp = jax.vjp(
+                lambda moe, x: experts_reference(moe, x, counted),
+                jax.tree.map(parity.fetch, moe),
+                x,
+            )
+            expected = out, *vjp(g)
+        errors = [
+            max(
+                _relative(parity.fetch(mine), right)
+                for mine, right in zip(*map(jax.tree.leaves, pair), strict=True)
+            )
+            for pair in zip(got, expected, strict=True)
+        ]
+        good = all(error <= EXPERTS_TOLERANCE for error in errors)
+        numbers = [*(f"{error:.0e}" for error in errors), f"{seconds * 1e3:.2f}"]
+        return numbers, "ok" if good else f"{WRONG}: above {EXPERTS_TOLERANCE:g}"
+
+    def rows():
+        for dispatch in typing.get_args(Dispatch):
+            yield dispatch, *_judge(4, check, dispatch)
+
+    return Section(
+        f"experts: relative errors of the output and its gradients; fp32 over expert={part}",
+        ("dispatch", "out", "dw", "dx", "ms", ""),
+        rows(),
+    )
+
+
 def collectives() -> Section:
     """Every collective over every axis, which has all devices."""
     num = jax.device_count()
@@ -246,35 +315,9 @@ def _attention_call(backend: Any, given: list[Any], options: dict[str, Any]) -> 
     return lambda: run(q, k, v, g, *spans)
 
 
-def attention_reference(
-    q, k, v, g, positions, segments, window: int | None = None, soft_cap: float | None = None
-) -> tuple[np.ndarray, ...]:
-    """Returns (out, dq, dk, dv) for the cotangent g, in NumPy and fp64."""
-    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    q, g = (x.reshape(B, T, K, N // K, H) for x in (q, g))
-    distance = positions[:, :, None] - positions[:, None, :]
-    sees = (distance >= 0) & (segments[:, :, None] == segments[:, None, :])
-    if window is not None:
-        sees &= distance < window
-    scores = np.einsum("BTKGH,BSKH->BKGTS", q, k) * H**-0.5
-    slope = 1.0
-    if soft_cap is not None:
-        tanh = np.tanh(scores / soft_cap)
-        scores, slope = soft_cap * tanh, 1 - tanh**2
-    weights = np.where(sees[:, None, None], np.exp(scores - scores.max(-1, keepdims=True)), 0.0)
-    probs = weights / weights.sum(-1, keepdims=True)
-    dprobs = np.einsum("BTKGH,BSKH->BKGTS", g, v)
-    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True)) * slope * H**-0.5
-    out = np.einsum("BKGTS,BSKH->BTKGH", probs, v)
-    dq = np.einsum("BKGTS,BSKH->BTKGH", dscores, k)
-    dk = np.einsum("BKGTS,BTKGH->BSKH", dscores, q)
-    dv = np.einsum("BKGTS,BTKGH->BSKH", probs, g)
-    return out.reshape(B, T, N, H), dq.reshape(B, T, N, H), dk, dv
-
-
-def _relative(got: Any, expected: np.ndarray) -> float:
+def _relative(got: Any, expected: Any) -> float:
     """Norm of the difference over the norm."""
-    difference = np.asarray(got, np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+    expected = np.asarray(expected, np.float64)
+    norm = np.linalg.norm(expected)
+    # Of what is zero, such as the gradient of a router's bias, the norm itself.
+    return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / (norm or 1.0))

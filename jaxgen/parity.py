@@ -21,7 +21,9 @@ from jaxgen.data.config import DataConfig
 from jaxgen.data.loader import Batch
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
+from jaxgen.nn.router import MoEConfig
 from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh, zigzag
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig
@@ -67,6 +69,44 @@ DENSE = TrainConfig(
         learning_rate=1e-3, warmup_steps=5, b1=0.0, clip_grad_norm=0.0, spike_factor=0.0
     ),
     train=LoopConfig(batch_size=8, seq_len=16, z_loss=1e-3),
+)
+
+# Chosen experts, a shared one, biases that the step moves, and both losses of a router.
+MOE = dataclasses.replace(
+    DENSE,
+    name="moe",
+    model=dataclasses.replace(
+        DENSE.model,
+        norms="pre",
+        activation="silu",
+        moe=MoEConfig(
+            num_experts=8,
+            num_experts_per_tok=2,
+            shared_mlp_dim=16,
+            router="sigmoid",
+            bias_update_rate=1e-3,
+            z_loss_weight=1e-3,
+        ),
+    ),
+)
+# Another way to compute the same, where an axis has several devices.
+VARIANTS = (
+    (
+        "expert",
+        dataclasses.replace(
+            MOE,
+            name="moe all-to-all",
+            compute=dataclasses.replace(MOE.compute, expert_dispatch="all_to_all"),
+        ),
+    ),
+    (
+        "pipeline",
+        dataclasses.replace(
+            DENSE,
+            name="dense 2 rounds",
+            compute=dataclasses.replace(DENSE.compute, pipeline=Pipeline(num_repeats=2)),
+        ),
+    ),
 )
 
 # Meshes of 4 and of 8 devices; on those of 8, every axis meets every other one.
@@ -117,8 +157,12 @@ def meshes(num_devices: int) -> list[MeshConfig]:
 
 
 def cases(num_devices: int) -> list[TrainConfig]:
-    """Returns every model on every mesh of so many devices."""
-    return [on(DENSE, mesh) for mesh in meshes(num_devices)]
+    """Returns every model on every mesh of so many devices, but a dense one without experts."""
+    found = []
+    for mesh in meshes(num_devices):
+        variants = [variant for axis, variant in VARIANTS if mesh.sizes[axis] > 1]
+        found += [on(config, mesh) for config in (DENSE, MOE, *variants)]
+    return [config for config in found if config.model.moe or config.mesh.expert == 1]
 
 
 def on(config: TrainConfig, mesh: MeshConfig) -> TrainConfig:
@@ -172,24 +216,22 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     state, rng = abstract_state(config, mesh), np.random.default_rng(0)
 
     def fill(leaf: Any) -> jax.Array:
-        return _place(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), leaf.sharding)
+        return place(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
     model = jax.tree.map(fill, state.model)
-    state = jax.tree.map(
-        lambda leaf: _place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state
-    )
+    state = jax.tree.map(lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
     state = dataclasses.replace(state, model=model)
     sharding, losses, gradients = batch_sharding(config, mesh), [], {}
     order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):
-        batch = Batch(*(_place(x[:, order], sharding) for x in rows(config, number)))
+        batch = Batch(*(place(x[:, order], sharding) for x in rows(config, number)))
         state, metrics = step(state, batch)
-        losses.append(_fetch(metrics["loss"]))
+        losses.append(fetch(metrics["loss"]))
         if not number:
             leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
             names = ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
             gradients = {
-                name.partition(".mu")[2]: _fetch(leaf) for name, leaf in names if ".mu" in name
+                name.partition(".mu")[2]: fetch(leaf) for name, leaf in names if ".mu" in name
             }
     return Run(np.array(losses), gradients)
 
@@ -259,12 +301,13 @@ def _alone(config: TrainConfig, num_steps: int) -> Run:
     return run(config, make_mesh(ONE, jax.local_devices()[:1]), num_steps)
 
 
-def _place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+def place(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """The same value on every process, each of which keeps its own shards."""
     return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
 
 
-def _fetch(value: jax.Array) -> np.ndarray:
+def fetch(value: jax.Array) -> np.ndarray:
+    """The whole value, on every process."""
     if value.is_fully_addressable or value.is_fully_replicated:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))

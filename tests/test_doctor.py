@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgen import doctor, parity
 from jaxgen.collectives import COLLECTIVES
 from jaxgen.nn import flash
+from jaxgen.nn.moe import MoE
 from jaxgen.parity import ParityResult
+from jaxgen.references import attention_reference
 from jaxgen.tables import columns
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +56,15 @@ def test_all_is_right_on_two_devices():
     code, out = run_doctor(2)
     assert code == 0, out
     titles = [part.splitlines()[0].split(":")[0] for part in out.strip().split("\n\n")]
-    assert titles == ["versions", "devices", "attention", "collectives", "parity", "all right"]
+    assert titles == [
+        "versions",
+        "devices",
+        "attention",
+        "experts",
+        "collectives",
+        "parity",
+        "all right",
+    ]
     lines = [line.split() for line in out.splitlines()]
     assert [jax.__version__ in line for line in lines if line and line[0] == "jax"] == [True]
     for axis in ("data=2", "fsdp=2", "tensor=2"):
@@ -69,6 +80,7 @@ def test_all_is_right_on_two_devices():
 
 BROKEN = """
 from jaxgen.nn import flash
+from jaxgen.nn.moe import MoE
 splash = flash.splash
 flash.splash = lambda *args, **kwargs: splash(*args, **(kwargs | {"window": None}))
 """
@@ -101,6 +113,18 @@ def test_attention_says_who_is_wrong_and_who_refuses(monkeypatch):
     assert {len(row) for row in rows} == {len(section.header)}
     assert rows[1][-1] == "WRONG: ZeroDivisionError: over lines"
     assert "does not run on cpu" in rows[2][-1]
+
+
+def test_experts_that_lose_tokens_are_wrong(monkeypatch):
+    """Without the first expert of every device."""
+    grouped = MoE._grouped
+
+    def lossy(self, x, local, weights, experts):
+        return grouped(self, x, local, jnp.where(local == 0, 0.0, weights), experts)
+
+    assert {row[-1] for row in doctor.experts().rows} == {"ok"}
+    monkeypatch.setattr(MoE, "_grouped", lossy)
+    assert {row[-1].split(":")[0] for row in doctor.experts().rows} == {"WRONG"}
 
 
 def test_a_wrong_collective_is_named_on_its_axis(monkeypatch):
@@ -147,13 +171,13 @@ def test_the_reference_has_the_gradients_of_its_output(options):
     given = doctor._attention_inputs({"B": 2, "T": 12, "N": 4, "K": 2, "H": 4}, "float32", True)
     arrays, rows = [np.float64(x) for x in given[:4]], given[4:]
     rng = np.random.default_rng(1)
-    _, *gradients = doctor.attention_reference(*arrays, *rows, **options)
+    _, *gradients = attention_reference(*arrays, *rows, **options)
     for i, gradient in enumerate(gradients):
         way = rng.standard_normal(arrays[i].shape)
 
         def loss(step, i=i, way=way):
             moved = [x + step * way if j == i else x for j, x in enumerate(arrays)]
-            return np.sum(doctor.attention_reference(*moved, *rows, **options)[0] * arrays[3])
+            return np.sum(attention_reference(*moved, *rows, **options)[0] * arrays[3])
 
         slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
         np.testing.assert_allclose(np.sum(gradient * way), slope, rtol=1e-6)

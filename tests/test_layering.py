@@ -37,6 +37,7 @@ ALLOWED = {
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
 }
+ALLOWED["references"] = {"nn"}
 # All but the command line.
 ALLOWED["parity"] = set(ALLOWED)
 ALLOWED["doctor"] = set(ALLOWED)

@@ -207,10 +207,6 @@ class ComputeConfig:
     expert_capacity: float | None = None
     """all_to_all: tokens that a device has room for, over an even share; tokens beyond it lose that
     expert and are counted. None for the worst case, which drops nothing."""
-    gather_once: Axes = None
-    """Mesh axes over which the layers' weights are gathered once a step, and their gradients
-    reduced once (ZeRO-1), instead of in every layer, forward and backward (FSDP): less traffic, for
-    the memory of all layers in the compute dtype."""
 
     def __post_init__(self):
         if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":

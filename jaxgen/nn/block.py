@@ -4,7 +4,7 @@ B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
     def _see(self, q, k, v, sight: Sight, cache: LayerCache | None, is_local: bool):
         """Attends to the same tokens or to the cache; returns the cache with them in it, too."""
         config = self.config
-        who = {
+        who: dict[str, Any] = {
             "q_positions": sight.queries.positions,
             "kv_positions": sight.keys.positions,
             "q_segments": sight.queries.segments,

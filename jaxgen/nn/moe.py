@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import reshard
+from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.init import Maker, Precise
@@ -76,12 +76,12 @@ class MoE(nnx.Module):
                 weight, tuple(a for a in mesh.axis_names if a in spec.reduced), to="varying"
             )
 
-        stats_specs = RouterStats(*[rules()] * len(RouterStats._fields))
+        stats_shapes = RouterStats.shapes(self.config.num_experts)
         y, stats = shard_map(
             device,
             in_specs=(stream_spec(rules), counted_spec, rules(None), *specs),
-            out_specs=(stream_spec(rules), stats_specs),
-            out=(x, RouterStats.shapes(self.config.num_experts)),
+            out_specs=(stream_spec(rules), jax.tree.map(lambda _: rules(), stats_shapes)),
+            out=(x, stats_shapes),
         )(
             x,
             reshard(counted, counted_spec),

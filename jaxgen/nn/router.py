@@ -4,8 +4,7 @@ n tokens, X experts per token, E experts, L layers.
 """
 
 import dataclasses
-import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +70,12 @@ class RouterStats(NamedTuple):
     @classmethod
     def shapes(cls, num_experts: int) -> "RouterStats":
         """Returns the shapes and dtypes of one layer's."""
-        integer, real = (
-            functools.partial(jax.ShapeDtypeStruct, dtype=t) for t in (jnp.int32, jnp.float32)
-        )
-        each = (num_experts,)
-        return cls(integer(each), real(each), real(()), integer(()), integer(()))
+
+        def like(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        counts, probs = like(jnp.int32, num_experts), like(jnp.float32, num_experts)
+        return cls(counts, probs, like(jnp.float32), like(jnp.int32), like(jnp.int32))
 
 
 class RouterSums(NamedTuple):
