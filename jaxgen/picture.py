@@ -67,6 +67,7 @@ def draw_mesh(mesh: AnyMesh, rules: Rules | None = None, *, experts: bool | None
     all_layers = Panel(2, f"{kind} weight, all layers", layers, embed, wide)
     panels = [batch, residual, table, one_layer, all_layers]
     if rules.shards("layers", mesh) > 1:
+        # The stages share the stream, and the first layer is only one's.
         residual = residual._replace(columns=2, outer=("microbatches", "microbatch"))
         panels = [batch, residual, table, all_layers]
     if experts:
