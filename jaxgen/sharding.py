@@ -152,9 +152,7 @@ class Rules:
     expert: Axes = "expert"
     """Experts."""
     layers: Axes = "pipeline"
-    """Stacked layers."""
-    microbatch: Axes = "pipeline"
-    """Microbatches of the residual stream, where layers are split into stages."""
+    """Stacked layers, and the microbatches that go through their stages."""
     batch: Axes = BATCH_AXES
     """Rows of a batch."""
     seq: Axes = "context"

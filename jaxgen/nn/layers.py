@@ -137,13 +137,10 @@ def embed(
         tuple(axis for axis in logical_to_mesh(axes) if axis in vocab_axes) for axes in spec
     ]
     summed = tuple(axis for axis in vocab_axes if axis not in sum(scattered, ()))
+    replicas = tuple(a for a in logical_to_mesh(rules.batch) + seq_axes if a not in embed_axes)
 
     def dim_of(axis):
         return cut + int(axis in seq_axes)
-
-    replicas = tuple(
-        axis for axis in logical_to_mesh(rules.batch) + seq_axes if axis not in embed_axes
-    )
 
     def lookup(table, tokens):
         table = _replica(table, replicas, dtype) if replicas else table

@@ -42,4 +42,4 @@ def leave(y: Float[Array, "B T D"], rules: Rules) -> Float[Array, "B T D"]:
 
 def stream_spec(rules: Rules, *, cut: bool = False) -> PartitionSpec:
     """Returns the sharding of the residual stream: [B, T, D], or [M, B, T, D] in microbatches."""
-    return rules(*(("microbatch",) if cut else ()), "batch", "act_seq", None)
+    return rules(*(("layers",) if cut else ()), "batch", "act_seq", None)
