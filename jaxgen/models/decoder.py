@@ -209,6 +209,10 @@ class ComputeConfig:
     expert and are counted. None for the worst case, which drops nothing."""
 
     def __post_init__(self):
+        if self.expert_capacity is not None and self.expert_capacity <= 0:
+            raise UserError(
+                f"compute.expert_capacity={self.expert_capacity}; use 1 for an even share, or more"
+            )
         if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":
             raise UserError(
                 f"compute.expert_capacity={self.expert_capacity} with compute.expert_dispatch="

@@ -116,7 +116,9 @@ def _gather_backward(q, k, v, segments, whole, split: Split):
 
     def scatter(x: jax.Array) -> jax.Array:
         x = _reorder(x.astype(k.dtype), 2, zigzag(2 * split.shards, split.shards))
-        return lax.psum_scatter(x, split.axes, scatter_dimension=2, tiled=True)
+        # Over a first axis: over tokens, TPUs add up everything everywhere, twice the bytes.
+        parts = jnp.stack(jnp.split(x, split.shards, axis=2))
+        return lax.psum_scatter(parts, split.axes)
 
     return dq, *map(scatter, dkv)
 

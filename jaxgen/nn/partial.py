@@ -310,12 +310,13 @@ def _mask(where: Where, num_keys: int, tile: int, options: Options, past: bool):
         last = visible.shape[axis] - 1
         index = lax.broadcasted_iota(jnp.int32, visible.shape, axis)
         following = lax.cummin(jnp.where(visible, index, last), axis=axis, reverse=True)
+        q_places: Any = where.q_places  # Traced, where it says np.ndarray.
         return MaskInfo(
             data_next=following[None],
             mask_next=None,
             block_mask=visible[None].astype(jnp.int32),
             partial_mask_blocks=None,
-            q_sequence=where.q_places,
+            q_sequence=q_places,
         )
 
     return info(1), info(0), sees

@@ -14,7 +14,7 @@ from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat
 from jaxgen.serve.decode import empty_cache
-from jaxgen.sharding import MeshConfig, Rules, make_mesh
+from jaxgen.sharding import MeshConfig, Rules, make_mesh, zigzag
 
 BASE = DecoderConfig(
     vocab_size=64,
@@ -90,12 +90,12 @@ def mesh_of(mesh):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def make(config, rules=None, remat=None):
+def make(config, rules=None, remat=None, **compute):
     """A model of random numbers, norms and biases too, which are the same on every mesh.
 
     Not the initial ones: a bias of zero and a norm of one hide that they are not applied.
     """
-    compute = ComputeConfig(dtype="float32", remat=remat or Remat())
+    compute = ComputeConfig(dtype="float32", remat=remat or Remat(), **compute)
     key = jax.random.key(0)
     abstract = jax.eval_shape(lambda: Decoder(config, key=key, compute=compute, rules=rules))
     rng = np.random.default_rng(0)
@@ -122,8 +122,10 @@ def random_tokens(shape, seed=0):
 
 
 def place(*arrays):
-    rules = Rules().here()
-    return [jax.device_put(array, rules("batch", "seq")) for array in arrays]
+    """[B, T] arrays on the current mesh, in the order of the loader."""
+    mesh, rules = jax.sharding.get_mesh(), Rules().here()
+    order = zigzag(arrays[0].shape[1], rules.shards("seq", mesh))
+    return [jax.device_put(array[:, order], rules("batch", "seq")) for array in arrays]
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, "everything"])
@@ -251,6 +253,38 @@ def test_experts_have_the_loss_and_gradients_of_one_device(mesh):
     unbalanced = dataclasses.replace(DEEPSEEK, load_balance_weight=0.0, z_loss_weight=0.0)
     without = loss_and_gradients(dataclasses.replace(config, moe=unbalanced), ONE)
     assert one[0] > without[0] * 1.001, "the routers' losses are not in the objective"
+
+
+@pytest.mark.parametrize(
+    ("option", "mesh"),
+    [
+        ("everything", {"context": 2}),
+        ("base", {"context": 4}),
+        ("base", {"context": 8}),
+        ("base", {"context": 4, "fsdp": 2}),
+        ("everything", {"context": 2, "tensor": 2, "data": 2}),
+    ],
+)
+def test_a_split_sequence_has_the_loss_and_gradients_of_one_device(option, mesh):
+    """By the ring; on packed rows, with windows and soft caps in `everything`."""
+    config, size = config_of(option), int(np.prod(list(mesh.values())))
+    split = loss_and_gradients(config, (MeshConfig(**{"fsdp": 1} | mesh), size))
+    assert_same(split, loss_and_gradients(config, ONE), 1e-5)
+
+
+def test_a_sequence_may_be_gathered_instead():
+    """The logits of every token, back in the order of the row."""
+    config, tokens = config_of("local_and_global"), random_tokens((2, 16))
+
+    def logits(mesh, method):
+        with jax.set_mesh(mesh_of(mesh)):
+            model = make(config, context_attention=method)
+            found = jax.jit(lambda model, *rows: model(*rows))(model, *place(tokens, *rows))
+            return np.asarray(found)
+
+    rows = [np.asarray(x) for x in whole_rows(tokens)]
+    split = logits((MeshConfig(fsdp=1, context=2), 2), "all_gather")
+    np.testing.assert_allclose(split, logits(ONE, "ring")[:, zigzag(16, 2)], atol=1e-5)
 
 
 def test_kv_heads_may_be_whole_where_query_heads_are_split():
