@@ -68,7 +68,7 @@ def draw_mesh(mesh: AnyMesh, rules: Rules | None = None, *, experts: bool | None
     panels = [batch, residual, table, one_layer, all_layers]
     if rules.shards("layers", mesh) > 1:
         # The stages share the stream, and the first layer is only one's.
-        residual = residual._replace(columns=2, outer=("microbatches", "microbatch"))
+        residual = residual._replace(columns=2, outer=("microbatches", "layers"))
         panels = [batch, residual, table, all_layers]
     if experts:
         each, hidden = ("experts", "expert"), ("embed", "expert_embed")
@@ -131,7 +131,7 @@ def _draw(
         math.prod(mesh.shape[axis] for axis in logical_to_mesh(axes)) for axes in spec
     )
     # Eight or more, for many; microbatches are by default as many as stages.
-    outer *= -(-8 // outer) if panel.outer[1] in ("layers", "expert") else 1
+    outer *= -(-8 // outer) if panel.outer[0] in ("layers", "experts") else 1
     shards = rules.shards("seq", mesh) if panel.across[0] == "positions" else 1
     wide = wide if shards == 1 else math.lcm(wide, 2 * shards)
     held, places = holders(mesh, spec, (firsts, outer, tall, wide)), zigzag(wide, shards)

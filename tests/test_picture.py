@@ -70,7 +70,7 @@ def test_the_pictures_of_the_repository_are_what_is_drawn_now():
     "names",
     [
         ("batch", "seq"),
-        ("microbatch", "batch", "act_seq"),
+        ("layers", "batch", "act_seq"),
         ("vocab", "embed"),
         ("layers", "embed", "mlp"),
         ("layers", "expert", "expert_embed"),
