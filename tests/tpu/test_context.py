@@ -1,7 +1,7 @@
 """Attention over 65,536 tokens a row, compiled for eight chips of v5e, of which one is too small.
 
-Eight rows with the heads of an 8B model (32 of 128, and 8 for keys and values), in bf16, forward and
-backward.
+Eight rows with the heads of an 8B model (32 of 128, and 8 for keys and values), in bf16, forward
+and backward.
 """
 
 import jax
