@@ -16,7 +16,7 @@ from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat
-from jaxgen.sharding import Axes, Rules
+from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,12 @@ class ComputeConfig:
     expert and are counted. None for the worst case, which drops nothing."""
 
     def __post_init__(self):
+        for axis in logical_to_mesh(self.gather_once):
+            if axis not in AXES:
+                raise UserError(
+                    f"compute.gather_once={self.gather_once!r}: no mesh axis {axis!r}; "
+                    f"use {', '.join(AXES)}"
+                )
         if self.expert_capacity is not None and self.expert_capacity <= 0:
             raise UserError(
                 f"compute.expert_capacity={self.expert_capacity}; use 1 for an even share, or more"
