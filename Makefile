@@ -1,6 +1,7 @@
 # Each target makes the virtual environment it needs in .venv; the second time it is there at once.
 #   make demo     train a small model on eight simulated devices, then let it write (README)
 #   make test     run the tests
+#   make test-all run those too that compare every mesh and compile large programs for TPUs
 #   make check    what CI and pre-commit check: format, lint, types, layering
 # Another Python: make test PYTHON=python3.12 VENV=.venv312
 
@@ -11,7 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check
+.PHONY: demo test test-all check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -20,6 +21,9 @@ demo: $(VENV)/.core
 	$(BIN)/jaxgen generate runs/tiny --devices 8 --max-tokens 64 --temperature 0.7 --prompt "def main("
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.dev

@@ -17,7 +17,7 @@ LIMITS = {
     "grad_error": parity.GRAD_TOLERANCE,
     "steps_error": parity.STEPS_TOLERANCE,
 }
-# What CI has time for; the others are marked slow.
+# What `make test` has time for; the others are marked full.
 QUICK = [
     MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
@@ -38,7 +38,7 @@ def devices_of(mesh):
 def param(config):
     mesh = config.mesh
     split = (f"{axis}{size}" for axis, size in mesh.sizes.items() if size > 1)
-    marks = () if mesh in QUICK else pytest.mark.slow
+    marks = () if mesh in QUICK else pytest.mark.full
     return pytest.param(config, id="-".join([config.name, *split]), marks=marks)
 
 
@@ -59,12 +59,11 @@ def test_a_mesh_trains_as_one_device(config):
 
 
 def test_little_is_refused():
-    """Eight layers do not go twice round eight stages; what is not there yet says so."""
+    """Eight layers do not go twice round eight stages."""
     reasons = {
         (config.name, config.mesh.pipeline): reason
         for config in CASES
         if (reason := refusal(config, devices_of(config.mesh)))
-        and "not supported yet" not in reason
     }
     assert set(reasons) <= {("dense 2 rounds", 8)}, reasons
 

@@ -15,7 +15,7 @@ from jaxgen.nn.attention import attend
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh
 
-pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.full]
 
 ROWS, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 8, 65_536, 32, 8, 128
 # Bytes of one device's keys, or values, of eight.

@@ -22,7 +22,7 @@ CONFIG = Path(jaxgen.__file__).parents[1] / "configs" / "mixtral_8x7b.py"
 GIB = 2**30
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mixtral_8x7b_fits_128_chips_of_v5p(describe):
     """Two rows of 4,096 tokens a chip, on which no token is dropped: 17.5 of its 95 GiB."""
     config = load_config(str(CONFIG))

@@ -38,7 +38,7 @@ def test_an_axis_across_slices_is_a_multiple_of_them(describe):
         make_mesh(MeshConfig(fsdp=8), devices=describe("v5e:2x2", slices=2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_pipeline_across_slices_sends_only_activations(describe):
     """No weight and no gradient of one: what crosses is the stream and a few numbers a token."""
     mesh_config = MeshConfig(fsdp=8, pipeline=2, across_slices="pipeline")

@@ -18,7 +18,7 @@ from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.program import compile_step
 
-pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.full]
 
 MODEL = DecoderConfig(
     vocab_size=32_768,
