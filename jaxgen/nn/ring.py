@@ -108,7 +108,8 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, split: Split) 
     here = _Pass(q, (k, v), segments, split)
 
     def attend(q, kv, where, *, past):
-        return partial.forward(q, *kv, where, split.options, past=past)
+        k, v = kv
+        return partial.forward(q, k, v, where, split.options, past=past)
 
     def merge(seen, parts, mine):
         for n, half in enumerate(mine):
@@ -138,11 +139,12 @@ def ring_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, whole: Any, split: Split
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of this device's q, k and v; see `partial.backward` for `whole`."""
-    here = _Pass((q, *whole), (k, v), segments, split)
+    here = _Pass((q, whole), (k, v), segments, split)
 
     def gradients(queries, kv, where, *, past):
-        q, *whole = queries
-        return partial.backward(q, *kv, where, split.options, tuple(whole), past=past)
+        q, whole = queries
+        k, v = kv
+        return partial.backward(q, k, v, where, split.options, whole, past=past)
 
     def add(dq, dkv, parts, pairs):
         mine, theirs = pairs
