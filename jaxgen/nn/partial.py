@@ -21,12 +21,12 @@ from jaxgen.nn.flash import SplashBlocks
 
 
 class Part(NamedTuple):
-    """Attention to some keys: fp32, whatever the dtype of the products."""
+    """Attention to some keys."""
 
     out: jax.Array
-    """[B N T H]; 0 for a query that sees none of them."""
+    """[B N T H], in fp32 or as a kernel has it; finite for a query that sees none of them."""
     lse: jax.Array
-    """log sum exp of the scores [B N T]; HIDDEN, or less, for such a query."""
+    """log sum exp of the scores [B N T], in fp32; HIDDEN for such a query."""
 
 
 class Where(NamedTuple):
@@ -60,9 +60,11 @@ def nothing(q: jax.Array) -> Part:
 
 
 def merge(one: Part, other: Part) -> Part:
-    """Returns attention to the keys of both."""
+    """Returns attention to the keys of both, in fp32."""
     lse = jnp.logaddexp(one.lse, other.lse)
-    first, second = (part.out * jnp.exp(part.lse - lse)[..., None] for part in (one, other))
+    first, second = (
+        part.out.astype(jnp.float32) * jnp.exp(part.lse - lse)[..., None] for part in (one, other)
+    )
     return Part(first + second, lse)
 
 

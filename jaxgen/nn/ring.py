@@ -113,7 +113,7 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, split: Split) 
 
     def merge(seen, parts, mine):
         for n, half in enumerate(mine):
-            part = partial.merge(*(_take(seen, half), _take(parts, n)))
+            part = partial.merge(_take(seen, half), _take(parts, n))
             seen = jax.tree.map(lambda x, new, half=half: x.at[half].set(new), seen, part)
         return seen
 
@@ -128,6 +128,7 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, split: Split) 
 
     block = split.send(here.block)
     seen = here.see(attend, DIAGONAL, here.block)
+    seen = Part(seen.out.astype(jnp.float32), seen.lse)
     seen = merge(seen, here.see(attend, ACROSS, here.block, here.me), ACROSS[0])
     last = split.shards - 1
     if last > 1:

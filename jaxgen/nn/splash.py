@@ -118,10 +118,9 @@ def forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
         return out, lse
 
     out, lse = _on_rows(row, where, q, k, v)
-    out = out.astype(jnp.float32)
     if past and options.window is not None:
         # A query all of whose tiles were skipped has 0 / 0 and log(0).
-        out = jnp.where((lse > HIDDEN)[..., None], out, 0.0)
+        out = jnp.where((lse > HIDDEN)[..., None], out, 0)
         lse = jnp.maximum(lse, HIDDEN)
     return Part(out, lse)
 

@@ -89,6 +89,10 @@ def test_the_ring_fits(ring):
     text = ring.as_text()
     assert "splash_mha_fwd_segmented" in text
     assert "splash_mha_dkv_segmented" in text
+    # What is merged and added up over the hops, forward and backward, is in fp32.
+    loops = [i for i, _ in Program(text).executed() if i.opcode == "while"]
+    summed = f"f32[2,{ROWS},{HEADS},{TOKENS // 16},{HEAD_DIM}]"
+    assert [summed in loop.shape for loop in loops] == [True, True]
 
 
 def test_the_ring_sends_blocks_behind_the_kernels(ring):
