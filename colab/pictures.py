@@ -13,7 +13,6 @@ MESHES = [
     {"fsdp": 2, "context": 2, "tensor": 2},
     {"fsdp": 2, "pipeline": 2, "tensor": 2},
 ]
-RULES = jaxgen.Rules(vocab=("pipeline", "tensor"), layers="pipeline")
 
 
 def pictures() -> dict[str, str]:
@@ -22,7 +21,7 @@ def pictures() -> dict[str, str]:
     for sizes in MESHES:
         every = tuple(sizes.get(axis, 1) for axis in AXES)
         mesh = AbstractMesh(every, AXES, (AxisType.Explicit,) * len(AXES))
-        drawn[f"{'-'.join(sizes)}.svg"] = jaxgen.draw_mesh(mesh, RULES)
+        drawn[f"{'-'.join(sizes)}.svg"] = jaxgen.draw_mesh(mesh)
     return drawn
 
 

@@ -20,7 +20,7 @@ from jaxgen.checkpoint.manager import CheckpointConfig
 from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
 from jaxgen.metrics import MetricsConfig
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.sharding import MeshConfig, Rules, logical_to_mesh
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig
@@ -68,6 +68,11 @@ class TrainConfig:
         train, model, rules = self.train, self.model, self.rules.on(mesh)
         self.compute.pipeline.check(mesh, rules, model.num_layers)
         model.check_mesh(mesh, rules)
+        if model.moe is None and self.compute.expert_dispatch != "all_gather":
+            raise UserError(
+                f"compute.expert_dispatch={self.compute.expert_dispatch!r} and model.moe is None; "
+                "give the model experts, or leave it 'all_gather'"
+            )
         if train.seq_len > model.max_seq_len:
             raise UserError(
                 f"train.seq_len={train.seq_len} is longer than "

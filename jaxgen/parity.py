@@ -20,7 +20,7 @@ from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
 from jaxgen.data.loader import Batch
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig

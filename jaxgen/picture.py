@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.errors import UserError
-from jaxgen.sharding import Axes, Rules, logical_to_mesh
+from jaxgen.sharding import Axes, Rules, logical_to_mesh, zigzag
 
 # One a device. Dark text is readable on each; devices 1, 2 and 4 apart are easy to tell apart.
 COLOURS = (
@@ -33,15 +33,16 @@ class Panel(NamedTuple):
     outer: tuple[str, str | None]
     down: tuple[str, str]
     across: tuple[str, str]
-    matrices: int | None = 1
-    """How many are drawn, from the first; None for all."""
+    first: str | None = None
+    """The logical axis of one more dimension, of which only the first place is drawn."""
 
 
 def draw_mesh(mesh: AnyMesh, rules: Rules | None = None, *, experts: bool | None = None) -> str:
     """Returns an SVG, 900 wide, of what each device of a mesh holds.
 
     A piece has the colour and the number of its device, stripes if several hold the same, and is
-    grey if all do. A device's number is its place in the mesh. Positions are in the text's order.
+    grey if all do. A device's number is its place in the mesh. Positions are in the text's order;
+    a pipeline has as many microbatches as stages.
 
     Args:
         mesh: of at most 16 devices, which need not exist.
@@ -59,16 +60,19 @@ def draw_mesh(mesh: AnyMesh, rules: Rules | None = None, *, experts: bool | None
     embed, vocab, mlp = ("embed", "embed"), ("vocab", "vocab"), ("mlp", "mlp")
     # Where the MLP gives way to experts, what is left of a layer is its attention.
     kind, wide = ("Attention", ("heads", "heads")) if experts else ("MLP", mlp)
-    panels = [
-        Panel(1, "Batch", one, rows, ("positions", "seq")),
-        Panel(1, "Residual stream", one, rows, ("positions", "act_seq")),
-        Panel(1, "Embedding table", one, vocab, embed),
-        Panel(1, f"{kind} weight, first layer", layers, embed, wide),
-        Panel(2, f"{kind} weight, all layers", layers, embed, wide, None),
-    ]
+    batch = Panel(1, "Batch", one, rows, ("positions", "seq"))
+    residual = Panel(1, "Residual stream", one, rows, ("positions", "act_seq"))
+    table = Panel(1, "Embedding table", one, vocab, embed)
+    one_layer = Panel(1, f"{kind} weight, first layer", one, embed, wide)
+    all_layers = Panel(2, f"{kind} weight, all layers", layers, embed, wide)
+    panels = [batch, residual, table, one_layer, all_layers]
+    if rules.shards("layers", mesh) > 1:
+        # The stages share the stream, and the first layer is only one's.
+        residual = residual._replace(columns=2, outer=("microbatches", "layers"))
+        panels = [batch, residual, table, all_layers]
     if experts:
-        hidden = ("embed", "expert_embed")
-        panels += [Panel(3, "Expert weight, one layer", ("experts", "expert"), hidden, mlp, None)]
+        each, hidden = ("experts", "expert"), ("embed", "expert_embed")
+        panels += [Panel(3, "Expert weight, first layer", each, hidden, mlp, "layers")]
     name = " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     body, shared = [_text(MARGIN, 34, name, 'font-size="19" font-weight="700"')], set()
     column, top = 0, _devices(mesh, body)
@@ -117,52 +121,41 @@ def holders(
     return {piece: tuple(devices) for piece, devices in held.items()}
 
 
-def in_text(piece: int, pieces: int, shards: int) -> int:
-    """Returns the place in the text of a piece of a row that is stored shard by shard.
-
-    Of C shards, c holds the chunks c and 2C - 1 - c of 2C: a token sees what is before it, so early
-    and late chunks together are equally much work on every shard.
-    """
-    if shards == 1:
-        return piece
-    size = pieces // (2 * shards)
-    (shard, late), offset = divmod(piece // size, 2), piece % size
-    return (2 * shards - 1 - shard if late else shard) * size + offset
-
-
 def _draw(
     panel: Panel, mesh: AnyMesh, rules: Rules, x: Length, y: Length, body: list[str], shared: set
 ):
     """Draws one array: which mesh axes split it, its pieces, and how many there are."""
     dims = panel.outer, panel.down, panel.across
-    spec = rules(*(logical for _, logical in dims))
-    outer, tall, wide = (math.prod(mesh.shape[a] for a in logical_to_mesh(dim)) for dim in spec)
-    # Eight or more, for many.
-    outer *= 1 if panel.outer[1] is None else -(-8 // outer)
+    spec = rules(panel.first, *(logical for _, logical in dims))
+    firsts, outer, tall, wide = (
+        math.prod(mesh.shape[axis] for axis in logical_to_mesh(axes)) for axes in spec
+    )
+    # Eight or more, for many; microbatches are by default as many as stages.
+    outer *= -(-8 // outer) if panel.outer[0] in ("layers", "experts") else 1
     shards = rules.shards("seq", mesh) if panel.across[0] == "positions" else 1
     wide = wide if shards == 1 else math.lcm(wide, 2 * shards)
-    held = holders(mesh, spec, (outer, tall, wide))
+    held, places = holders(mesh, spec, (firsts, outer, tall, wide)), zigzag(wide, shards)
 
     body.append(_text(x, y, panel.title, 'font-size="15" font-weight="600"'))
-    x, y, count = x + 18, y + 28, panel.matrices or outer
-    label = _split(panel.across[0], spec[2])
-    if count > 1:
-        label = f"{_split(panel.outer[0], spec[0])} side by side, each: {label}"
+    x, y = x + 18, y + 28
+    label = _split(panel.across[0], spec[3])
+    if outer > 1:
+        label = f"{_split(panel.outer[0], spec[1])} side by side, each: {label}"
     turned = f'text-anchor="end" transform="rotate(-90 {x - 8} {y})"'
-    body += [_text(x, y - 8, label), _text(x - 8, y, _split(panel.down[0], spec[1]), turned)]
-    pitch = (panel.columns * (COLUMN + COLUMN_GAP) - COLUMN_GAP - 10) / count
+    body += [_text(x, y - 8, label), _text(x - 8, y, _split(panel.down[0], spec[2]), turned)]
+    pitch = (panel.columns * (COLUMN + COLUMN_GAP) - COLUMN_GAP - 10) / outer
     width, height, groups = (pitch - 8) / wide, BOX / tall, set()
-    for matrix, row, column in itertools.product(range(count), range(tall), range(wide)):
-        groups.add(devices := held[matrix, row, column])
-        left = x + matrix * pitch + in_text(column, wide, shards) * width
+    for matrix, row, column in itertools.product(range(outer), range(tall), range(wide)):
+        groups.add(devices := held[0, matrix, row, column])
+        left = x + matrix * pitch + int(places[column]) * width
         _piece(left, y + row * height, width, height, devices, mesh.size, body)
     shared |= {devices for devices in groups if 1 < len(devices) < mesh.size}
 
     num = len(next(iter(groups)))
     who = "one device" if num == 1 else f"{'all ' if num == mesh.size else ''}{num} devices"
     parts = f"{len(groups)} parts, each" if len(groups) > 1 else "whole"
-    zigzag = "" if shards == 1 else ", zigzag"
-    body.append(_text(x, y + BOX + 18, f"{parts} on {who}{zigzag}", f'fill="{FAINT}"'))
+    order = "" if shards == 1 else ", zigzag"
+    body.append(_text(x, y + BOX + 18, f"{parts} on {who}{order}", f'fill="{FAINT}"'))
 
 
 def _piece(

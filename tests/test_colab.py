@@ -37,6 +37,8 @@ def execute(name, folder, parameters):
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        # Faster to compile, and the same collectives.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environ)
@@ -82,14 +84,17 @@ def test_quickstart_shows_the_sharding_and_generates(quickstart):
 
 
 @pytest.mark.parametrize(
-    ("cell", "sent"),
+    ("cell", "needed"),
     [
-        ("data", {"data": {"all-reduce"}}),
-        ("fsdp", {"fsdp": {"all-gather", "all-reduce", "all-to-all", "reduce-scatter"}}),
-        ("tensor", {"tensor": {"all-gather", "all-reduce", "reduce-scatter"}}),
+        ("data", "all-reduce"),
+        ("fsdp", "all-gather"),
+        ("tensor", "all-gather"),
+        ("context", "collective-permute"),
+        ("pipeline", "collective-permute"),
+        ("expert", "all-gather"),
     ],
 )
-def test_each_axis_has_its_picture_its_loss_and_its_traffic(parallelism, cell, sent):
+def test_each_axis_has_its_picture_its_loss_and_its_traffic(parallelism, cell, needed):
     """That the losses are equal is what the notebook itself asserts."""
     text, shown = outputs(parallelism, cell)
     assert f"{cell}=8" in shown["image/svg+xml"]
@@ -100,13 +105,13 @@ def test_each_axis_has_its_picture_its_loss_and_its_traffic(parallelism, cell, s
     )
     assert len(alone) == len(eight) == 3
     assert eight == pytest.approx(alone, rel=1e-4)
-    found = {}
-    for size, axes, kind in re.findall(r"([\d.]+) kB over (.+): (\S+)", text):
-        assert float(size) > 0
-        found.setdefault(axes, set()).add(kind)
-    # Which of them one compiler makes of the other is its own affair.
-    assert found.keys() == sent.keys()
-    assert all(found[axes] <= kinds for axes, kinds in sent.items())
+    sent = re.findall(r"([\d.]+) kB over (.+): (\S+)", text)
+    assert all(float(size) > 0 and axes == cell for size, axes, _ in sent)
+    # Which sums and gathers one compiler makes of the others is its own affair.
+    kinds = {kind for _, _, kind in sent}
+    assert needed in kinds
+    assert ("collective-permute" in kinds) == (needed == "collective-permute")
+    assert cell != "data" or kinds == {"all-reduce"}
 
 
 def test_a_hybrid_sends_over_each_of_its_axes(parallelism):

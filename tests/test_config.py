@@ -143,7 +143,38 @@ def test_missing_files_and_names_get_a_suggestion():
     ("overrides", "num_devices", "message"),
     [
         ({}, 6, "needs 8 devices and there are 6; use data=1 fsdp=3 tensor=2, or --devices 8"),
-        ({"mesh.expert": "2", "mesh.data": "1"}, 8, "mesh.expert=2 is not supported yet"),
+        (
+            {"mesh.expert": "2", "mesh.data": "1"},
+            8,
+            "mesh.expert=2 splits experts and model.moe is None; use mesh.expert=1 mesh.fsdp=4",
+        ),
+        (
+            {
+                "mesh.expert": "4",
+                "mesh.data": "1",
+                "mesh.fsdp": "1",
+                "model.moe.num_experts": "6",
+                "model.moe.num_experts_per_tok": "2",
+            },
+            8,
+            "model.moe.num_experts=6 is not divisible by mesh.expert=4; use mesh.expert=2",
+        ),
+        (
+            {"mesh.pipeline": "8", "mesh.data": "1", "mesh.fsdp": "1", "mesh.tensor": "1"},
+            8,
+            "model.num_layers=4 is not divisible by mesh.pipeline=8 x "
+            "compute.pipeline.num_repeats=1; use mesh.pipeline=4 compute.pipeline.num_repeats=1",
+        ),
+        (
+            {"mesh.pipeline": "2", "mesh.data": "1", "compute.pipeline.num_microbatches": "3"},
+            8,
+            "compute.pipeline.num_microbatches=3 is not a multiple of mesh.pipeline=2; use 4",
+        ),
+        (
+            {"compute.expert_dispatch": "all_to_all"},
+            8,
+            "compute.expert_dispatch='all_to_all' and model.moe is None; give the model experts",
+        ),
         (
             {"mesh.context": "2", "mesh.data": "1", "train.seq_len": "130"},
             8,

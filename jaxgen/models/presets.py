@@ -7,7 +7,7 @@ coefficients (0.02, 0.001, 0.001, 0.001) times num_experts_per_tok are ours, see
 
 import dataclasses
 
-from jaxgen.models.decoder import DecoderConfig
+from jaxgen.models.config import DecoderConfig
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 

@@ -23,7 +23,7 @@ from jaxgen.nn.router import RouterStats
 from jaxgen.nn.stream import enter, leave, partial_sums
 
 if TYPE_CHECKING:
-    from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+    from jaxgen.models.config import ComputeConfig, DecoderConfig
 
 Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 

@@ -27,7 +27,7 @@ from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
 if TYPE_CHECKING:
-    from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+    from jaxgen.models.config import ComputeConfig, DecoderConfig
 
 Dispatch = Literal["all_gather", "all_to_all"]
 
@@ -171,8 +171,10 @@ class MoE(nnx.Module):
         token = source // local.shape[1]
         x_RD = spread(x, token, place)
         weights_R = spread(weights.reshape(-1), source, place.reshape(-1, 1))
-        gate_RF = checkpoint_name(ragged_dot(x_RD, gate, sizes), "mlp_gate")
-        up_RF = checkpoint_name(ragged_dot(x_RD, up, sizes), "mlp_up")
+        # What ragged_dot leaves unwritten may be NaN, and must not meet the weights' gradients.
+        used = (jnp.arange(num_rows) < jnp.sum(sizes))[:, None]
+        gate_RF = checkpoint_name(jnp.where(used, ragged_dot(x_RD, gate, sizes), 0), "mlp_gate")
+        up_RF = checkpoint_name(jnp.where(used, ragged_dot(x_RD, up, sizes), 0), "mlp_up")
         hidden_RF = ACTIVATIONS[self.activation](gate_RF) * up_RF
         # Weighted here and not after `down`, whose result the backward pass then has no use for.
         hidden_RF = (hidden_RF.astype(jnp.float32) * weights_R[:, None]).astype(x.dtype)
@@ -232,7 +234,7 @@ def _counts(values: Int[Array, " n"], num: int) -> Int[Array, " num"]:
 # Two views of one relation between tokens and rows: `token` says whose each row is, `place` in
 # which rows a token is, with the number of rows for none. Each function is the other's transpose,
 # so no gradient is a scatter, which TPUs do row by row. A row that no place names may hold
-# anything, NaN too: ragged_dot leaves what is past its groups unwritten.
+# anything.
 
 
 @jax.custom_vjp

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
+from jaxgen.models.decoder import Decoder
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.init import Maker
 from jaxgen.nn.moe import MoE
 from jaxgen.nn.pipeline import each_stage
@@ -375,5 +375,7 @@ def test_a_config_that_cannot_work_is_refused():
         MoEConfig(num_experts=8, num_experts_per_tok=9)
     with pytest.raises(UserError, match="has no bias; use router='sigmoid'"):
         MoEConfig(num_experts=8, num_experts_per_tok=2, bias_update_rate=1e-3)
+    with pytest.raises(UserError, match="expert_capacity=0.0; use 1"):
+        ComputeConfig(expert_dispatch="all_to_all", expert_capacity=0.0)
     with pytest.raises(UserError, match="drops nothing; use 'all_to_all'"):
         ComputeConfig(expert_capacity=1.5)

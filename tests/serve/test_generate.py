@@ -10,7 +10,8 @@ import pytest
 
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
+from jaxgen.models.decoder import Decoder
 from jaxgen.nn.router import MoEConfig
 from jaxgen.serve import generate as module
 from jaxgen.serve.decode import decode, prefill

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
-from jaxgen.models.decoder import DecoderConfig
+from jaxgen.models.config import DecoderConfig
 from jaxgen.nn.router import MoEConfig
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh
@@ -117,8 +117,8 @@ def sent(compiled, mesh):
     return found
 
 
-def step(mesh_config, model, devices):
-    loop = LoopConfig(batch_size=ROWS, seq_len=TOKENS)
+def step(mesh_config, model, devices, rows=ROWS):
+    loop = LoopConfig(batch_size=rows, seq_len=TOKENS)
     config = TrainConfig(
         name="traffic", model=model, data=DataConfig(), mesh=mesh_config, train=loop
     )

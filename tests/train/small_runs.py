@@ -17,7 +17,7 @@ from jaxgen.data.config import DataConfig
 from jaxgen.data.loader import Batch
 from jaxgen.data.sources import Source
 from jaxgen.metrics import MetricsConfig
-from jaxgen.models.decoder import ComputeConfig, DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.stack import Remat
 from jaxgen.sharding import MeshConfig, make_mesh

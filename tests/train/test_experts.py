@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import LLAMA, config_of, max_relative, program, rows
 
-from jaxgen.models.decoder import ComputeConfig
+from jaxgen.models.config import ComputeConfig
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat
 from jaxgen.sharding import MeshConfig

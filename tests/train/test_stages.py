@@ -25,7 +25,8 @@ from small_runs import (
 from jaxgen.checkpoint.manager import CheckpointManager
 from jaxgen.config import CHECKPOINTS
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import ComputeConfig, Decoder
+from jaxgen.models.config import ComputeConfig
+from jaxgen.models.decoder import Decoder
 from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.stack import Remat
 from jaxgen.plan.hlo import Program as Hlo
