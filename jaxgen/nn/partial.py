@@ -3,7 +3,7 @@
 A part is the normalised result together with the log-sum-exp of its scores, so that parts over
 disjoint keys merge into attention over all of them; and a part's gradients follow from the
 log-sum-exp of the whole. Heads come first and queries are scaled already: q [B N T H], k and v
-[B K S H]. Two routes with one signature: splash kernels on TPU, chunked XLA everywhere.
+[B K S H]. Two routes with one signature: chunked XLA here, splash kernels in `nn/splash.py`.
 
 B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 Source: Dao et al. 2022, arXiv:2205.14135, section 3.1 and appendix B.
@@ -16,20 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.errors import UserError
 from jaxgen.nn.attention import HIDDEN, QUERY_CHUNK
-from jaxgen.nn.flash import MAX_FUSED_COPIES, SplashBlocks, largest_tile
-
-KERNELS = ("_splash_attention_forward", "_splash_attention_bwd_dq", "_splash_attention_bwd_dkv")
+from jaxgen.nn.flash import SplashBlocks
 
 
 class Part(NamedTuple):
-    """Attention to some keys: fp32, whatever the dtype of the products."""
+    """Attention to some keys."""
 
     out: jax.Array
-    """[B N T H]; 0 for a query that sees none of them."""
+    """[B N T H], in fp32 or as a kernel has it; finite for a query that sees none of them."""
     lse: jax.Array
-    """log sum exp of the scores [B N T]; HIDDEN, or less, for such a query."""
+    """log sum exp of the scores [B N T], in fp32; HIDDEN for such a query."""
 
 
 class Where(NamedTuple):
@@ -63,9 +60,11 @@ def nothing(q: jax.Array) -> Part:
 
 
 def merge(one: Part, other: Part) -> Part:
-    """Returns attention to the keys of both."""
+    """Returns attention to the keys of both, in fp32."""
     lse = jnp.logaddexp(one.lse, other.lse)
-    first, second = (part.out * jnp.exp(part.lse - lse)[..., None] for part in (one, other))
+    first, second = (
+        part.out.astype(jnp.float32) * jnp.exp(part.lse - lse)[..., None] for part in (one, other)
+    )
     return Part(first + second, lse)
 
 
@@ -82,7 +81,9 @@ def forward(
         options: what all parts share.
         past: promises that no key is after any query, so that none is hidden for that.
     """
-    route = _xla_forward if options.blocks is None else _splash_forward
+    from jaxgen.nn import splash
+
+    route = _xla_forward if options.blocks is None else splash.forward
     return route(q, k, v, where, options, past)
 
 
@@ -108,7 +109,9 @@ def backward(
             [B N T H], and its product with the output, summed over H [B N T].
         past: as in `forward`.
     """
-    route = _xla_backward if options.blocks is None else _splash_backward
+    from jaxgen.nn import splash
+
+    route = _xla_backward if options.blocks is None else splash.backward
     return route(q, k, v, where, options, whole, past)
 
 
@@ -264,141 +267,3 @@ def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv_chunks[0])
     (dk, dv), dq = _scan(queries, zeros, q_chunks)
     return _whole(dq, 3).reshape(q.shape), _whole(dk, 2), _whole(dv, 2)
-
-
-def _kernels() -> Any:
-    """Returns the module of splash's kernels, for one pass at a time has no public door.
-
-    Raises:
-        UserError: this jax has other ones.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib
-
-    if missing := [name for name in KERNELS if not hasattr(lib, name)]:
-        raise UserError(
-            f"jax {jax.__version__} has no {missing[0]}, which attention 'splash' over a split "
-            "sequence is made of; use compute.attention='xla', or jax 0.10 to 0.12"
-        )
-    return lib
-
-
-def _mask(where: Where, num_keys: int, tile: int, options: Options, past: bool):
-    """Returns the masks of the passes over rows and over columns of tiles, and who sees whom.
-
-    The kernels' own masks are constants of the program. These are computed on the device, for on
-    each one the queries stand somewhere else: tiles that see nothing are skipped, and fetch what
-    is needed next.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-
-    window = options.window
-    if past and window is None:
-        info = MaskInfo(None, None, None, None, None)
-        return info, info, None
-
-    def sees(q_places, kv_places):
-        distance = q_places - kv_places
-        return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-    tiles = where.q_places.reshape(-1, tile)
-    first_key = jnp.arange(0, num_keys, tile)
-    visible = tiles[:, -1:] >= first_key[None]
-    if window is not None:
-        visible &= tiles[:, :1] - (first_key + tile - 1)[None] < window
-
-    def info(axis):
-        last = visible.shape[axis] - 1
-        index = lax.broadcasted_iota(jnp.int32, visible.shape, axis)
-        following = lax.cummin(jnp.where(visible, index, last), axis=axis, reverse=True)
-        q_places: Any = where.q_places  # Traced, where it says np.ndarray.
-        return MaskInfo(
-            data_next=following[None],
-            mask_next=None,
-            block_mask=visible[None].astype(jnp.int32),
-            partial_mask_blocks=None,
-            q_sequence=q_places,
-        )
-
-    return info(1), info(0), sees
-
-
-def _on_rows(kernel, where: Where, *arrays):
-    """Runs kernel(*arrays of one row, segment ids) over the batch."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
-
-    if where.q_segments is None:
-        return jax.vmap(lambda *row: kernel(*row, None))(*arrays)
-
-    def row(q_segments, kv_segments, *row):
-        return kernel(*row, SegmentIds(q_segments, kv_segments))
-
-    return jax.vmap(row)(where.q_segments, where.kv_segments, *arrays)
-
-
-def _splash_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
-    lib, blocks = _kernels(), options.blocks
-    assert blocks is not None
-    tile = largest_tile(options.chunk, blocks.tile)
-    rows, _, sees = _mask(where, k.shape[2], tile, options, past)
-
-    def row(q, k, v, segment_ids):
-        out, (lse,) = lib._splash_attention_forward(
-            rows,
-            q,
-            k,
-            v,
-            segment_ids,
-            None,
-            mask_value=HIDDEN,
-            is_mqa=False,
-            block_sizes=lib.BlockSizes(tile, tile, largest_tile(tile, blocks.compute)),
-            residual_checkpoint_name=None,
-            save_residuals=True,
-            mask_function=sees,
-            attn_logits_soft_cap=options.soft_cap,
-            interpret=options.interpret,
-        )
-        return out, lse
-
-    out, lse = _on_rows(row, where, q, k, v)
-    out = out.astype(jnp.float32)
-    if past and options.window is not None:
-        # A query all of whose tiles were skipped has 0 / 0 and log(0).
-        out = jnp.where((lse > HIDDEN)[..., None], out, 0.0)
-        lse = jnp.maximum(lse, HIDDEN)
-    return Part(out, lse)
-
-
-def _splash_backward(q, k, v, where: Where, options: Options, whole, past: bool):
-    lib, blocks = _kernels(), options.blocks
-    assert blocks is not None
-    tile = largest_tile(options.chunk, blocks.tile)
-    rows, columns, sees = _mask(where, k.shape[2], tile, options, past)
-    fused = blocks.fused and k.shape[2] // tile <= MAX_FUSED_COPIES
-    shared = {
-        "bq": tile,
-        "bkv": tile,
-        "is_mqa": False,
-        "mask_value": HIDDEN,
-        "attn_logits_soft_cap": options.soft_cap,
-        "q_layout": lib.QKVLayout.HEAD_DIM_MINOR,
-        "k_layout": lib.QKVLayout.HEAD_DIM_MINOR,
-        "v_layout": lib.QKVLayout.HEAD_DIM_MINOR,
-        "mask_function": sees,
-        "interpret": options.interpret,
-    }
-
-    def row(q, k, v, lse, dout, delta, segment_ids):
-        arrays = (q, k, v, segment_ids, None, lse, dout, delta)
-        dq, dk, dv = lib._splash_attention_bwd_dkv(
-            *arrays,
-            mask_info=columns,
-            bkv_compute=largest_tile(tile, blocks.compute),
-            use_fused_bwd_kernel=fused,
-            **shared,
-        )
-        if not fused:
-            dq = lib._splash_attention_bwd_dq(*arrays, mask_info=rows, **shared)
-        return dq, dk, dv
-
-    return _on_rows(row, where, q, k, v, *whole)

@@ -113,7 +113,7 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, split: Split) 
 
     def merge(seen, parts, mine):
         for n, half in enumerate(mine):
-            part = partial.merge(*(_take(seen, half), _take(parts, n)))
+            part = partial.merge(_take(seen, half), _take(parts, n))
             seen = jax.tree.map(lambda x, new, half=half: x.at[half].set(new), seen, part)
         return seen
 
@@ -128,6 +128,7 @@ def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, split: Split) 
 
     block = split.send(here.block)
     seen = here.see(attend, DIAGONAL, here.block)
+    seen = Part(seen.out.astype(jnp.float32), seen.lse)
     seen = merge(seen, here.see(attend, ACROSS, here.block, here.me), ACROSS[0])
     last = split.shards - 1
     if last > 1:
@@ -139,11 +140,12 @@ def ring_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, whole: Any, split: Split
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of this device's q, k and v; see `partial.backward` for `whole`."""
-    here = _Pass((q, *whole), (k, v), segments, split)
+    here = _Pass((q, whole), (k, v), segments, split)
 
     def gradients(queries, kv, where, *, past):
-        (q, *whole), (k, v) = queries, kv
-        return partial.backward(q, k, v, where, split.options, tuple(whole), past=past)
+        q, whole = queries
+        k, v = kv
+        return partial.backward(q, k, v, where, split.options, whole, past=past)
 
     def add(dq, dkv, parts, pairs):
         mine, theirs = pairs

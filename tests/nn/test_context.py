@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_attention import by_hand, make_inputs, rows, with_gradients
 
 from jaxgen.errors import UserError
-from jaxgen.nn import context, flash, partial
+from jaxgen.nn import context, flash, partial, splash
 from jaxgen.nn.attention import attend
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh, zigzag
@@ -125,8 +125,7 @@ def test_chunks_of_queries_and_keys_change_nothing(method, monkeypatch):
 def test_splash_is_xla(method, option, fused, monkeypatch):
     """The kernels, interpreted, over two tiles a chunk, in both passes."""
     tiles = flash.SplashBlocks(tile=128, compute=128, fused=fused)
-    monkeypatch.setattr(flash, "OTHER_BLOCKS", tiles)
-    monkeypatch.setattr(partial, "MAX_FUSED_COPIES", 8)
+    monkeypatch.setattr(splash, "MAX_FUSED_COPIES", 8)
     monkeypatch.setattr(context, "OTHER_BLOCKS", tiles)
     case = {"seq_len": 1024, "head_dim": 16, "packed": option != "plain"}
     got = split(mesh_of(context=2), method, option, backend="splash", **case)
@@ -184,7 +183,7 @@ def test_cudnn_refuses_a_split_sequence():
 
 
 def test_another_splash_is_named(monkeypatch):
-    monkeypatch.setattr(partial, "KERNELS", ("_splash_attention_backward",))
+    monkeypatch.setattr(splash, "KERNELS", ("_splash_attention_backward",))
     with pytest.raises(UserError, match="has no _splash_attention_backward, .*'xla', or jax 0.10"):
         call(mesh_of(context=2), num_tokens=512, backend="splash")
 
