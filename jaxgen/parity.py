@@ -21,9 +21,9 @@ from jaxgen.data.config import DataConfig
 from jaxgen.data.loader import Batch
 from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig, DecoderConfig
-from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
+from jaxgen.nn.schedule import Pipeline
 from jaxgen.sharding import AXES, MeshConfig, Rules, make_mesh, zigzag
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.optimizer import OptimizerConfig

@@ -12,9 +12,9 @@ from jaxgen.errors import UserError
 from jaxgen.nn.attention import Backend, ContextMethod
 from jaxgen.nn.layers import ACTIVATIONS
 from jaxgen.nn.moe import Dispatch
-from jaxgen.nn.pipeline import Pipeline
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
+from jaxgen.nn.schedule import Pipeline
 from jaxgen.nn.stack import Remat
 from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 

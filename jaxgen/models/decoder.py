@@ -21,9 +21,10 @@ from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import RMSNorm, embed, soft_cap
-from jaxgen.nn.pipeline import Schedule, cut, join, run_stages
+from jaxgen.nn.pipeline import cut, join, run_stages
 from jaxgen.nn.rope import rotation
 from jaxgen.nn.router import RouterStats, RouterSums
+from jaxgen.nn.schedule import Schedule
 from jaxgen.nn.stack import gather, run, unstack
 from jaxgen.nn.stream import enter
 from jaxgen.sharding import Rules

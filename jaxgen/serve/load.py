@@ -13,7 +13,7 @@ from jaxgen.config import CHECKPOINTS, FILE_NAME, TOKENIZER, TrainConfig
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.pipeline import Pipeline
+from jaxgen.nn.schedule import Pipeline
 from jaxgen.sharding import abstract
 
 

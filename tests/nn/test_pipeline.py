@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.errors import UserError
-from jaxgen.nn.pipeline import Pipeline, Schedule, cut, join, run_stages
+from jaxgen.nn.pipeline import cut, join, run_stages
+from jaxgen.nn.schedule import Pipeline, Schedule
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
 SCHEDULES = [

@@ -27,7 +27,7 @@ from jaxgen.config import CHECKPOINTS
 from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.pipeline import Pipeline
+from jaxgen.nn.schedule import Pipeline
 from jaxgen.nn.stack import Remat
 from jaxgen.plan.hlo import Program as Hlo
 from jaxgen.serve.generate import generate
