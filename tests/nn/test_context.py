@@ -115,9 +115,11 @@ def test_kv_heads_that_are_whole_while_query_heads_are_split(kv_heads, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_chunks_of_queries_and_keys_change_nothing(method, monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_chunks_of_queries_and_keys_change_nothing(option, method, monkeypatch):
     monkeypatch.setattr(partial, "QUERY_CHUNK", 4)
-    assert_same(split(mesh_of(context=2), method, "everything"), on_one_device("everything"))
+    monkeypatch.setattr(partial, "SMALLEST_SKIPPED", 4)
+    assert_same(split(mesh_of(context=2), method, option), on_one_device(option))
 
 
 @pytest.mark.parametrize("method", METHODS)
