@@ -10,6 +10,8 @@ methods with one meaning:
 
 With C devices, and kv the bytes of one device's keys and values, each device sends (C - 1) kv
 forward and 2 (C - 1) kv backward, by either method: keys and values once more, and their gradients.
+Where a layer is computed again for the backward pass, (C - 1) kv come on top, less the ring's first
+hop, which then serves both.
 
 B batch, T tokens, N heads, K kv heads, H head dim.
 Source: gathering: Llama 3, arXiv:2407.21783, section 3.3.2.

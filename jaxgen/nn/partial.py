@@ -19,6 +19,9 @@ from jax import lax
 from jaxgen.nn.attention import HIDDEN, QUERY_CHUNK
 from jaxgen.nn.flash import SplashBlocks
 
+# Below it, a branch is compiled for little: a causal diagonal in smaller chunks is a small one.
+SMALLEST_SKIPPED = 256
+
 
 class Part(NamedTuple):
     """Attention to some keys."""
@@ -167,9 +170,12 @@ def _visible(within_TS: jax.Array, segments: tuple[Any, Any]) -> jax.Array:
     return within_TS[None] & (of_queries[:, :, None] == of_keys[:, None])
 
 
-def _unless_hidden(within_TS: jax.Array, look: Any, skip: Any) -> Any:
-    """Returns look(), or, where chunks are large and no key is within reach, skip()."""
-    if max(within_TS.shape) < QUERY_CHUNK:
+def _unless_hidden(within_TS: jax.Array, window: int | None, look: Any, skip: Any) -> Any:
+    """Returns look(), or, if no key is within reach, skip().
+
+    Segments do not count here: a predicate that differs between rows would compute both.
+    """
+    if window is None and max(within_TS.shape) < SMALLEST_SKIPPED:
         return look()
     return lax.cond(within_TS.any(), look, skip)
 
@@ -211,7 +217,7 @@ def _xla_forward(q, k, v, where: Where, options: Options, past: bool) -> Part:
                 )
                 return merge(seen, Part(out, highest + jnp.log(total)))
 
-            return _unless_hidden(within, look, lambda: seen), None
+            return _unless_hidden(within, options.window, look, lambda: seen), None
 
         return None, _scan(keys, nothing(q_BKGTH), kv_chunks)[0]
 
@@ -253,7 +259,7 @@ def _xla_backward(q, k, v, where: Where, options: Options, whole, past: bool):
                 zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
                 return dq_BKGTH, (zeros, zeros)
 
-            return _unless_hidden(within, look, skip)
+            return _unless_hidden(within, options.window, look, skip)
 
         zeros = jnp.zeros(q_BKGTH.shape, jnp.float32)
         dq, more = _scan(keys, zeros, kv_chunks)

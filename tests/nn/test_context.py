@@ -115,9 +115,11 @@ def test_kv_heads_that_are_whole_while_query_heads_are_split(kv_heads, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_chunks_of_queries_and_keys_change_nothing(method, monkeypatch):
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_chunks_of_queries_and_keys_change_nothing(option, method, monkeypatch):
     monkeypatch.setattr(partial, "QUERY_CHUNK", 4)
-    assert_same(split(mesh_of(context=2), method, "everything"), on_one_device("everything"))
+    monkeypatch.setattr(partial, "SMALLEST_SKIPPED", 4)
+    assert_same(split(mesh_of(context=2), method, option), on_one_device(option))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,8 +143,11 @@ def test_a_window_smaller_than_a_tile_leaves_tiles_out_in_the_kernels(monkeypatc
     assert_same(got, on_one_device("window", **case))
 
 
-def call(mesh, num_tokens=SEQ_LEN, **kwargs):
-    """`attend` over described arrays: 4 rows, 4 heads and 2 kv heads of 8."""
+def call(mesh, num_tokens=SEQ_LEN, keep=None, **kwargs):
+    """Gradients over described arrays, lowered: 4 rows, 4 heads and 2 kv heads of 8.
+
+    Computed again in the backward pass but for what is named `keep`, if that is given.
+    """
 
     def array(shape, dtype):
         spec = P(("data", "fsdp"), "context", *[None] * (len(shape) - 2))
@@ -155,7 +160,11 @@ def call(mesh, num_tokens=SEQ_LEN, **kwargs):
         def loss(*qkv):
             return attend(*qkv, **rows(*spans), **{"in_order": True} | kwargs).sum()
 
-        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+        if keep is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(keep)
+            loss = jax.checkpoint(loss, policy=policy)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     with jax.set_mesh(mesh):
         return jax.jit(gradients).lower(q, k, v, *spans)
@@ -171,6 +180,19 @@ def test_what_a_split_sequence_cannot_have():
             call(mesh, backend=name)
     with pytest.raises(ValueError, match="split sequence needs in_order"):
         call(mesh, in_order=False)
+
+
+@pytest.mark.smoke
+def test_what_was_seen_can_be_kept_for_the_backward_pass():
+    """Or else its keys, values and segments travel three times instead of twice."""
+
+    def sends(keep):
+        text = call(mesh_of(context=2), keep=keep).as_text()
+        return text.count("stablehlo.collective_permute")
+
+    keys_values_segments, gradients = 3, 2
+    assert sends("attention") == 2 * keys_values_segments + gradients
+    assert sends("nothing") == 3 * keys_values_segments + gradients
 
 
 def test_cudnn_refuses_a_split_sequence():
@@ -200,7 +222,7 @@ def test_each_device_sends_its_keys_and_values_to_all_others(program):
     method, compiled = program
     sent = {}
     for collective in compiled.collectives():
-        if collective.dtype == "f32":
+        if collective.dtype == "f32" and collective.num_bytes > 4:  # Not the loss.
             sent[collective.kind] = sent.get(collective.kind, 0) + collective.wire_bytes
     keys_values = 2 * 4 * (4 * SEQ_LEN // 8 * 2 * 8)
     # Nothing is recomputed here, so that what came in the ring's first hop may be kept.

@@ -14,7 +14,7 @@ from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
-B, T, D, V = 4, 10, 8, 24
+B, T, D, V = 4, 12, 8, 24
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 # The mesh, its number of devices, and changes to the rules: the stream split over the vocabulary's
 # axis, whole, and split over an axis that the vocabulary is not.
@@ -23,6 +23,8 @@ MESHES = {
     "eight": (EIGHT, 8, {}),
     "whole_stream": (EIGHT, 8, {"act_seq": None}),
     "whole_vocab": (EIGHT, 8, {"vocab": None}),
+    "split_sequence": (MeshConfig(fsdp=2, context=4), 8, {}),
+    "split_twice": (MeshConfig(fsdp=2, context=2, tensor=2), 8, {}),
 }
 OPTIONS = {
     "plain": {},
