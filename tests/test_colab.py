@@ -83,6 +83,7 @@ def test_quickstart_shows_the_sharding_and_generates(quickstart):
         assert prompt in texts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("cell", "needed"),
     [
@@ -114,6 +115,7 @@ def test_each_axis_has_its_picture_its_loss_and_its_traffic(parallelism, cell, n
     assert cell != "data" or kinds == {"all-reduce"}
 
 
+@pytest.mark.full
 def test_a_hybrid_sends_over_each_of_its_axes(parallelism):
     text, shown = outputs(parallelism, "hybrid")
     assert "data=2 fsdp=2 tensor=2" in shown["image/svg+xml"]
@@ -121,7 +123,9 @@ def test_a_hybrid_sends_over_each_of_its_axes(parallelism):
         assert re.search(rf"kB over {axis}: ", text)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "parallelism"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", pytest.param("parallelism", marks=pytest.mark.full)]
+)
 def test_no_cell_writes_to_stderr(name, request):
     """Warnings are what a user would see first."""
     ran = request.getfixturevalue(name)

@@ -19,7 +19,7 @@ from jaxgen.metrics import MetricsConfig
 from jaxgen.sharding import MeshConfig
 from jaxgen.train.loop import LoopConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 STEPS, SAVE_EVERY = 30, 10
 CONFIG_FILE = """

@@ -45,6 +45,7 @@ def single(model):
     return program(expert_config(model))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "mesh"),
     [

@@ -111,6 +111,7 @@ def test_loss_and_gradients_equal_those_of_one_device(name, mesh, pipeline, rema
         np.testing.assert_allclose(mine.reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-4 * scale)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "accum", "optimizer"),
     [("g", 1, "adamw"), ("l", 2, "muon")],
