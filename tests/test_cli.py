@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgen.cli import COMMANDS, main
+from jaxgen.cli import main
+from jaxgen.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
