@@ -2,6 +2,8 @@
 #   make demo     train a small model on eight simulated devices, then let it write (README)
 #   make test     run the tests
 #   make test-all run those too that compare every mesh and compile large programs for TPUs
+#   make test-real    those with a published model's weights, downloaded (90 MB) into tests/.cache
+#   make test-parity  those beside transformers and torch, in a virtual environment of their own
 #   make check    what CI and pre-commit check: format, lint, types, layering
 # Another Python: make test PYTHON=python3.12 VENV=.venv312
 
@@ -11,8 +13,9 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+EXTRAS := dev
 
-.PHONY: demo test test-all check
+.PHONY: demo test test-all test-real test-parity check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -21,10 +24,19 @@ demo: $(VENV)/.core
 	$(BIN)/jaxgen generate runs/tiny --devices 8 --max-tokens 64 --temperature 0.7 --prompt "def main("
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not full" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not (full or real or parity)" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not (real or parity)" $(PYTEST_ARGS)
+
+test-real: $(VENV)/.dev
+	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+test-parity:
+	@$(MAKE) VENV=$(VENV)-parity EXTRAS=dev,parity PYTEST_ARGS="-m parity $(PYTEST_ARGS)" _parity
+
+_parity: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -39,7 +51,7 @@ $(VENV)/.core: pyproject.toml | $(VENV)/.python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxgen and its tests' tools into $(VENV)"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.core
 
 $(VENV)/.python:

@@ -30,12 +30,16 @@ ALLOWED = {
     "models": BASE | {"nn"},
     "data": BASE | {"distributed", "metrics"},
     "checkpoint": BASE | {"distributed", "metrics"},
+    "formats": BASE | {"metrics", "nn", "models", "data", "checkpoint"},
     "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
+    # A trained model, wherever it is from.
+    "pretrained": BASE | {"config", "models", "nn", "data", "checkpoint", "formats"},
     "train": BASE
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
-    | {"fields"},
+    | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
+    "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}
 # All but the command line.

@@ -1,0 +1,220 @@
+"""The subcommands of `jaxgen`: their options, the configs they take, and what each does.
+
+Modules are imported where a command needs them, so that help and mistakes answer at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxgen import fields
+from jaxgen.errors import UserError
+
+CONFIG = "CONFIG"
+MODEL = "MODEL"
+
+
+def _number(metavar: str, text: str, default: int | float) -> dict[str, Any]:
+    help = f"{text} (default: {default})"
+    return {"type": type(default), "default": default, "metavar": metavar, "help": help}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    CONFIG: {
+        "metavar": "CONFIG.py[:name]",
+        "help": "a Python file and the config in it (name: config); try configs/tiny.py",
+    },
+    MODEL: {
+        "metavar": "MODEL",
+        "help": "a run directory such as runs/tiny, or one of its checkpoints",
+    },
+    "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
+    "--run-dir": {
+        "metavar": "DIR",
+        "help": "where the run lives (default: runs/NAME); the same command again resumes it",
+    },
+    "--prompt": {
+        "action": "extend",
+        "nargs": "+",
+        "metavar": "TEXT",
+        "help": "texts to continue, together in one batch (default: standard input)",
+    },
+    "--max-tokens": _number("N", "most new tokens per prompt", 128),
+    "--temperature": _number("T", "divides the logits; 0 takes the likeliest token", 0.0),
+    "--top-k": _number("K", "sample among the K likeliest tokens; 0 for all", 0),
+    "--top-p": _number("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
+    "--step": _number("N", "the step whose batch is shown", 0),
+    "--steps": _number("N", "training steps that are timed, after two that are not", 20),
+    "--json": {"action": "store_true", "help": "print one JSON object"},
+    "--min-bytes": _number("B", "the first size", 2**16),
+    "--max-bytes": {
+        "type": int,
+        "metavar": "B",
+        "help": "the last size, by factors of 4 (default: 67108864, on CPU 4194304)",
+    },
+    "--dtype": {
+        "choices": ("bfloat16", "float32"),
+        "default": "bfloat16",
+        "help": "of the elements (default: bfloat16)",
+    },
+    "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
+}
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does with which config, and its own options."""
+
+    summary: str
+    run: Callable[[argparse.Namespace, Any], int | None]
+    """Returns the exit code where it is not 0."""
+    source: str
+    """CONFIG or MODEL; empty if there is nothing to give."""
+    options: tuple[str, ...]
+    default: Callable[[], Any] | None = None
+    """Makes the config where no source is given; None if one must be."""
+
+    @property
+    def usage(self) -> str:
+        """What stands after its name: `CONFIG [options]`."""
+        source = f"[{self.source}]" if self.source and self.default else self.source
+        return f"{source} [options]".lstrip()
+
+
+def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
+    """Returns the config that a command was asked to run with."""
+    if path is None:
+        assert command.default is not None
+        return fields.override(command.default(), overrides)
+    from jaxgen import config
+
+    if command.source == CONFIG:
+        return config.load_config(path, overrides)
+    from jaxgen.serve.load import split_location
+    from jaxgen.sharding import MeshConfig
+
+    run_dir, _ = split_location(path)
+    # The mesh it was trained on may not be here; any other gives the same text.
+    trained = dataclasses.replace(config.read_config(run_dir), mesh=MeshConfig())
+    return fields.override(trained, overrides)
+
+
+def _start() -> None:
+    """Turns the compilation cache on and joins the other processes of the run."""
+    from jaxgen.compiler import enable_compilation_cache
+    from jaxgen.distributed import initialize
+
+    enable_compilation_cache()
+    initialize(os.environ)
+
+
+def _train(args: argparse.Namespace, config: Any) -> None:
+    _start()
+    from jaxgen.train.loop import train
+
+    train(config, args.run_dir or str(Path("runs") / config.name))
+
+
+def _generate(args: argparse.Namespace, config: Any) -> None:
+    if args.prompt is None and sys.stdin.isatty():
+        raise UserError("no prompt; give --prompt TEXT, or a text on standard input")
+    prompts = args.prompt or [sys.stdin.read()]
+    _start()
+    import jax
+
+    from jaxgen.serve.generate import generate_text
+    from jaxgen.serve.load import load_model
+    from jaxgen.serve.sampler import SamplingConfig
+    from jaxgen.sharding import make_mesh
+
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
+    samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
+    mesh = make_mesh(config.mesh)
+    model, tokenizer = load_model(args.source, config, mesh)
+    with jax.set_mesh(mesh):
+        completions = generate_text(model, tokenizer, prompts, samplings)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(prompt + completion)
+
+
+def _data_pack(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.data.show import pack
+
+    print(pack(config.data, config.train.seq_len))
+
+
+def _data_show(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.data.show import show
+
+    print(show(config.data, config.train.seq_len, config.train.batch_size, args.step))
+
+
+def _bench_train(args: argparse.Namespace, config: Any) -> None:
+    _start()
+    import jax
+
+    from jaxgen.train.bench import bench_train, process_start_s, table
+
+    results = bench_train(config, args.steps, started_s=process_start_s())
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
+
+
+def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
+    _start()
+    import jax
+
+    from jaxgen.collectives import bench_collectives, table
+    from jaxgen.sharding import make_mesh
+
+    results = bench_collectives(
+        make_mesh(config.mesh),
+        min_bytes=args.min_bytes,
+        max_bytes=args.max_bytes,
+        dtype=args.dtype,
+        iterations=args.iterations,
+    )
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
+
+
+def _collectives_config() -> Any:
+    from jaxgen.collectives import CollectivesConfig
+
+    return CollectivesConfig()
+
+
+def _doctor(args: argparse.Namespace, config: Any) -> int:
+    _start()
+    from jaxgen.doctor import examine
+
+    return 0 if examine() else 1
+
+
+SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+COMMANDS = {
+    "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
+    "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),
+    "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
+    "bench train": Command(
+        "Times the start and the training step.", _bench_train, CONFIG, ("--steps", "--json")
+    ),
+    "bench collectives": Command(
+        "Times collectives over every mesh axis.",
+        _bench_collectives,
+        CONFIG,
+        ("--min-bytes", "--max-bytes", "--dtype", "--iterations", "--json"),
+        _collectives_config,
+    ),
+    "doctor": Command(
+        "Checks kernels, collectives and meshes on these devices.", _doctor, "", (), lambda: None
+    ),
+}
