@@ -176,11 +176,16 @@ def test_ctrl_c_is_one_line_and_exits_with_130(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRON,
+        # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert process.stdout.readline() == "here\n"
-    start = time.perf_counter()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == "here\n"
+        start = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "jaxgen: interrupted\n")
     assert time.perf_counter() - start < 10
 
