@@ -31,7 +31,7 @@ _MODULES = {
     "picture": ("draw_mesh",),
     "serve.generate": ("Generator", "generate", "generate_text"),
     "serve.load": ("load_model", "split_location"),
-    "serve.sampler": ("SamplingConfig",),
+    "serve.request": ("SamplingConfig",),
     "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
     "train.evaluate": ("EvalConfig",),
     "train.loop": ("LoopConfig",),

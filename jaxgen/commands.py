@@ -129,7 +129,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
 
     from jaxgen.serve.generate import generate_text
     from jaxgen.serve.load import load_model
-    from jaxgen.serve.sampler import SamplingConfig
+    from jaxgen.serve.request import SamplingConfig
     from jaxgen.sharding import make_mesh
 
     names = [field.name for field in dataclasses.fields(SamplingConfig)]

@@ -106,6 +106,14 @@ def test_data_uses_jax_only_in_the_loader():
 
 
 @pytest.mark.smoke
+def test_serving_decides_without_jax():
+    host = {"serve.request", "serve.blocks", "serve.scheduler"}
+    needed = {name for module, names in modules() if module in host for name in names}
+    mine = {"jaxgen.errors"} | {f"jaxgen.{module}" for module in host}
+    assert {name for name in needed if name.split(".")[0] not in sys.stdlib_module_names} <= mine
+
+
+@pytest.mark.smoke
 def test_import_starts_nothing():
     code = (
         "import time; start = time.perf_counter(); import jaxgen;"

@@ -19,7 +19,7 @@ from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.serve.decode import Rows, decode, prefill
-from jaxgen.serve.sampler import SamplingConfig
+from jaxgen.serve.request import SamplingConfig
 
 # Longer prompts are read this many tokens at a time: scores are [B, heads, C, S] in fp32.
 CHUNK_TOKENS = 512

@@ -3,44 +3,12 @@
 B rows, V vocab.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxgen.errors import UserError
-
 BLOCK = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How the tokens of one prompt's answer are chosen."""
-
-    max_tokens: int = 128
-    """Tokens generated at most."""
-    temperature: float = 0.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Only this many of the likeliest tokens can be drawn; 0 for all."""
-    top_p: float = 1.0
-    """Only the fewest likeliest tokens that together have this probability; 1 for all."""
-    seed: int = 0
-    """Decides the draws, together with each token's position and nothing else."""
-
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens}; use at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature}; use 0 for greedy, or more")
-        if not 0 <= self.top_k < 2**31:
-            raise UserError(f"top_k={self.top_k}; use 0 for all tokens, or a number of tokens")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}; use a number above 0 and at most 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}; use a number from 0 to 2**32 - 1")
 
 
 def sample(

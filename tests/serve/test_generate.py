@@ -16,7 +16,7 @@ from jaxgen.nn.router import MoEConfig
 from jaxgen.serve import generate as module
 from jaxgen.serve.decode import decode, prefill
 from jaxgen.serve.generate import Generator, bucket, for_serving, generate, generate_text
-from jaxgen.serve.sampler import SamplingConfig
+from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig, make_mesh
 
 CONFIG = DecoderConfig(

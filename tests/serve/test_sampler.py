@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from jaxgen.errors import UserError
-from jaxgen.serve.sampler import SamplingConfig, sample
+from jaxgen.serve.request import SamplingConfig
+from jaxgen.serve.sampler import sample
 
 DRAWS = 20_000
 VOCAB = 300  # More than two blocks of the two-step draw, and not a whole number of them.

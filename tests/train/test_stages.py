@@ -31,7 +31,7 @@ from jaxgen.nn.schedule import Pipeline
 from jaxgen.nn.stack import Remat
 from jaxgen.plan.hlo import Program as Hlo
 from jaxgen.serve.generate import generate
-from jaxgen.serve.sampler import SamplingConfig
+from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.loop import train
 from jaxgen.train.optimizer import OptimizerConfig

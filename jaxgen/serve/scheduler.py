@@ -1,0 +1,326 @@
+"""Who runs when, and in which blocks of the cache: one plan an iteration, without a device.
+
+Rows of a batch are split over the shards of the pool; every row's blocks are of its own shard.
+"""
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Sequence
+
+from jaxgen.errors import UserError
+from jaxgen.serve.blocks import Blocks, Chain
+from jaxgen.serve.request import QueueFull, Request
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A request that has a place in the batch."""
+
+    request: Request
+    slot: int
+    """Among all slots of the engine; slots of one shard are neighbours."""
+    shard: int
+    blocks: list[int]
+    """Where its tokens are in the cache, block by block."""
+    chain: Chain
+    tokens: list[int]
+    """Those to read before it decodes: the prompt, and after a preemption the answer so far."""
+    read: int
+    """Of `tokens`, those that are in the cache, or will be before anything planned later runs."""
+    pending: int = 0
+    """Tokens at most that the device has been asked for and has not delivered."""
+    remembered: int = 0
+    """Blocks that others have been told of."""
+    left: bool = False
+    """Whether it has lost its place; what still comes for it is not wanted."""
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all of its tokens are read."""
+        return self.read == len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Tokens of one row to read; the answer's first token comes from the last chunk."""
+
+    row: Row
+    start: int
+    size: int
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing is left to read after it."""
+        return self.start + self.size == len(self.row.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the device does next, in this order."""
+
+    rounds: list[list[Chunk]]
+    """Chunks to read; those of one round are of different shards and go together."""
+    rows: list[Row]
+    """Rows that decode, in order of their slots."""
+    steps: int
+    """Tokens that each of them gets at most."""
+
+    def __bool__(self) -> bool:
+        return bool(self.rounds or self.rows)
+
+
+class Scheduler:
+    """Continuous batching: requests join and leave between two bursts of decoding.
+
+    Requests are admitted by (priority, arrival) as slots and blocks become free, their prompts read
+    in chunks beside the decoding of the others. If blocks run out, the row that ranks last gives up
+    its place and is read again later, with the tokens that it has.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Blocks],
+        *,
+        slots_per_shard: int,
+        chunk: int,
+        burst: int,
+        max_queued_requests: int,
+        max_queued_tokens: int,
+    ):
+        """Starts without requests.
+
+        Args:
+            pools: the blocks of every shard.
+            slots_per_shard: rows that can run at once in each.
+            chunk: tokens read for one shard between two bursts.
+            burst: decoding steps between two looks at the queue; a quarter while prompts are read.
+            max_queued_requests: that may wait for a place.
+            max_queued_tokens: of the prompts of these.
+        """
+        self.pools = pools
+        self.chunk, self.burst = chunk, burst
+        self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
+        self.rows: list[Row] = []
+        self.salt = b""
+        """Names the weights that the cache was made with: blocks of others are not found."""
+        self.preemptions = self.prompt_tokens = self.prompt_tokens_found = 0
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._queued_tokens = 0
+        self._arrivals = itertools.count()
+        self._slots = [
+            list(range((shard + 1) * slots_per_shard - 1, shard * slots_per_shard - 1, -1))
+            for shard in range(len(pools))
+        ]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self.rows
+
+    def submit(self, request: Request) -> None:
+        """Takes a request into the queue.
+
+        Raises:
+            QueueFull: too many wait already.
+            UserError: it would not fit into the cache even alone.
+        """
+        pool = self.pools[0]
+        if pool.needed(request.limit) > pool.num_blocks - 1:
+            room = (pool.num_blocks - 1) * pool.block_size
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, which with max_tokens="
+                f"{request.sampling.max_tokens} is more than the {room} tokens of the cache; "
+                "shorten it, or give the cache more blocks with kv_blocks"
+            )
+        if len(self._waiting) >= self.max_queued_requests:
+            raise QueueFull(
+                f"{len(self._waiting)} requests wait already, as many as max_queued_requests "
+                "allows; try again later"
+            )
+        if self._queued_tokens + len(request.prompt) > self.max_queued_tokens:
+            raise QueueFull(
+                f"{self._queued_tokens} tokens of prompts wait already, and with the "
+                f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
+                f"{self.max_queued_tokens}; try again later"
+            )
+        request.arrival = next(self._arrivals)
+        self._queue(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request, wherever it is; one that has ended is left as it is."""
+        if request.finish_reason is not None:
+            return
+        request.finish_reason = "cancelled"
+        for row in self.rows:
+            if row.request is request:
+                return self._leave(row)
+        self._waiting = [entry for entry in self._waiting if entry[1] is not request]
+        heapq.heapify(self._waiting)
+        self._queued_tokens -= len(request.prompt)
+
+    def plan(self) -> Plan:
+        """Returns what to do next, which may be nothing while tokens are pending."""
+        rows = sorted((row for row in self.rows if row.decoding), key=lambda row: row.slot)
+        # A row that has been asked for all its tokens only waits for their delivery.
+        rows = [row for row in rows if self._known(row) < row.request.limit]
+        busy = any(not row.decoding for row in self.rows) or (self._waiting and any(self._slots))
+        steps = self._reserve(rows, max(1, self.burst // 4) if busy else self.burst)
+        rows = [row for row in rows if not row.left]
+        if steps or not rows:
+            self._admit()
+        rounds = self._read()
+        if not steps:
+            return Plan(rounds, [], 0)
+        for row in rows:
+            row.pending = min(row.pending + steps, row.request.limit - row.request.length)
+        return Plan(rounds, rows, steps)
+
+    def deliver(self, row: Row, tokens: Sequence[int], *, asked: int) -> list[int]:
+        """Gives a row the tokens that came of a plan; returns those that belong to the answer.
+
+        Args:
+            row: of the plan.
+            tokens: what was generated, a stop id and what follows it included.
+            asked: the most that the plan asked for.
+        """
+        if row.left:
+            return []
+        request = row.request
+        taken = request.append(tokens)
+        left = request.limit - request.length
+        row.pending = min(max(row.pending - asked, 0), left)
+        self._remember(row)
+        if request.finish_reason is not None:
+            self._leave(row)
+        return taken
+
+    def _known(self, row: Row) -> int:
+        """Tokens of the row once all that is pending has come."""
+        return row.request.length + row.pending
+
+    def _queue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.rank, request))
+        self._queued_tokens += len(request.prompt)
+
+    def _admit(self) -> None:
+        while self._waiting and (row := self._place(self._waiting[0][1])) is not None:
+            _, request = heapq.heappop(self._waiting)
+            self._queued_tokens -= len(request.prompt)
+            self.rows.append(row)
+            self.prompt_tokens += len(row.tokens)
+            self.prompt_tokens_found += row.read
+
+    def _place(self, request: Request) -> Row | None:
+        """Returns a row for the request in the shard that suits best, or None if none has room."""
+        tokens = [*request.prompt, *request.output]
+        chain = Chain(self.pools[0].block_size, self.salt)
+        chain.extend(tokens)
+        # The last token is always read: its logits are what the answer begins with.
+        keys = chain.keys[: (len(tokens) - 1) // self.pools[0].block_size]
+        best: tuple[int, int, int] | None = None
+        for shard, pool in enumerate(self.pools):
+            if not self._slots[shard]:
+                continue
+            found = pool.find(keys)
+            need = pool.needed(len(tokens) + 1) - len(found)
+            # A block for each of the others, so that the newcomer is not soon sent away again.
+            others = sum(row.shard == shard for row in self.rows)
+            if pool.available - need >= others or (not others and pool.available >= need):
+                best = max(best or (-1, -1, -1), (len(found), pool.available, -shard))
+            pool.release(found)
+        if best is None:
+            return None
+        shard = -best[2]
+        pool = self.pools[shard]
+        blocks = pool.find(keys)
+        read = len(blocks) * pool.block_size
+        row = Row(request, -1, shard, blocks, chain, tokens, read, remembered=len(blocks))
+        fresh = pool.take(pool.needed(len(tokens) + 1) - len(blocks))
+        assert fresh is not None
+        blocks += fresh
+        row.slot = self._slots[shard].pop()
+        return row
+
+    def _read(self) -> list[list[Chunk]]:
+        """Returns the next chunks, up to `chunk` tokens a shard, in order of rank."""
+        per_shard: list[list[Chunk]] = [[] for _ in self.pools]
+        room = [self.chunk] * len(self.pools)
+        for row in sorted(self.rows, key=lambda row: row.request.rank):
+            size = min(len(row.tokens) - row.read, self.chunk)
+            # A chunk is not cut to what another has left: it would only be one more.
+            if size and size <= room[row.shard]:
+                room[row.shard] -= size
+                chunk = Chunk(row, row.read, size)
+                per_shard[row.shard].append(chunk)
+                row.read += size
+                row.pending += chunk.last
+                self._remember(row)
+        rounds = itertools.zip_longest(*per_shard)
+        return [[chunk for chunk in chunks if chunk is not None] for chunks in rounds]
+
+    def _reserve(self, rows: list[Row], steps: int) -> int:
+        """Makes sure of blocks for that many steps of every row, or for fewer.
+
+        Where there are none for even one step, rows lose their places; 0 says that one would have
+        to whose tokens are still on their way.
+        """
+        while True:
+            missing = self._missing(rows, steps)
+            if all(n <= pool.available for n, pool in zip(missing, self.pools, strict=True)):
+                break
+            if steps > 1:
+                steps //= 2
+                continue
+            shard = next(s for s, n in enumerate(missing) if n > self.pools[s].available)
+            last = max(
+                (row for row in self.rows if row.shard == shard), key=lambda row: row.request.rank
+            )
+            if last.pending:
+                return 0
+            self._preempt(last)
+            rows = [row for row in rows if not row.left]
+        for row in rows:
+            fresh = self.pools[row.shard].take(self._short(row, steps))
+            assert fresh is not None
+            row.blocks += fresh
+        return steps if rows else 0
+
+    def _missing(self, rows: list[Row], steps: int) -> list[int]:
+        missing = [0] * len(self.pools)
+        for row in rows:
+            missing[row.shard] += self._short(row, steps)
+        return missing
+
+    def _short(self, row: Row, steps: int) -> int:
+        """Blocks that a row lacks for so many steps: the last token of all is never written."""
+        written = min(self._known(row) + steps, row.request.limit) - 1
+        return max(0, self.pools[row.shard].needed(written) - len(row.blocks))
+
+    def _preempt(self, row: Row) -> None:
+        self.preemptions += 1
+        self._leave(row)
+        self._queue(row.request)
+
+    def _leave(self, row: Row) -> None:
+        self.rows.remove(row)
+        row.left = True
+        self.pools[row.shard].release(row.blocks)
+        self._slots[row.shard].append(row.slot)
+
+    def _remember(self, row: Row) -> None:
+        """Tells others of the row's full blocks."""
+        pool, request = self.pools[row.shard], row.request
+        # The last token of an answer is not in the cache.
+        written = request.length - 1 if row.decoding and request.output else row.read
+        full = written // pool.block_size
+        if full > row.remembered:
+            row.chain.extend([*request.prompt, *request.output])
+            for i in range(row.remembered, full):
+                pool.remember(row.blocks[i], row.chain.keys[i])
+            row.remembered = full

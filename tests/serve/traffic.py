@@ -1,0 +1,209 @@
+"""Random traffic for the scheduler, beside a device that is a few lines of Python.
+
+That device keeps in each place of a block what a real one would: something made of all tokens up to
+there. Its next token is made of that too, so a block that is shared wrongly, freed too early or
+written twice changes what somebody reads, and so does a token drawn in the wrong place.
+"""
+
+import json
+import random
+import sys
+from collections import deque
+
+from jaxgen.serve.blocks import NULL, Blocks
+from jaxgen.serve.request import QueueFull, Request, SamplingConfig
+from jaxgen.serve.scheduler import Scheduler
+
+BLOCK, VOCAB, STOP = 4, 50, 7
+
+
+def folded(before, token):
+    """What stands for the keys and values of a token after others."""
+    return (before * 1_000_003 + token + 1) & 0xFFFFFFFFFFFF
+
+
+def after(state):
+    """The token that follows."""
+    return (state >> 7) % VOCAB
+
+
+def alone(request):
+    """The answer that a request must get."""
+    state, output = 0, []
+    for token in request.prompt:
+        state = folded(state, token)
+    while len(output) < request.sampling.max_tokens and after(state) != STOP:
+        output.append(after(state))
+        state = folded(state, output[-1])
+    return output
+
+
+class Device:
+    """Runs plans at once, and remembers what came of them until it is read."""
+
+    def __init__(self, shards, blocks):
+        self.memory = [[[None] * BLOCK for _ in range(blocks)] for _ in range(shards)]
+        self.slots = {}
+        self.unread = deque()
+
+    def write(self, row, table, place, token):
+        """Writes one token; all before it must be what they are in the row's own text."""
+        memory = self.memory[row.shard]
+        if place:
+            block = table[(place - 1) // BLOCK]
+            assert block != NULL
+            before = memory[block][(place - 1) % BLOCK]
+        else:
+            before = 0
+        block = table[place // BLOCK]
+        assert block != NULL
+        memory[block][place % BLOCK] = folded(before, token)
+        return memory[block][place % BLOCK]
+
+    def check(self, row, table, tokens):
+        """Attention reads all of a row's places: they must hold its text and no other."""
+        state, memory = 0, self.memory[row.shard]
+        for place, token in enumerate(tokens):
+            state = folded(state, token)
+            assert memory[table[place // BLOCK]][place % BLOCK] == state
+
+    def run(self, plan):
+        got = []
+        for chunks in plan.rounds:
+            assert len({chunk.row.shard for chunk in chunks}) == len(chunks)
+            for chunk in chunks:
+                row = chunk.row
+                self.check(row, row.blocks, row.tokens[: chunk.start])
+                for place in range(chunk.start, chunk.start + chunk.size):
+                    state = self.write(row, row.blocks, place, row.tokens[place])
+                if chunk.last:
+                    token = after(state)
+                    done = token == STOP or len(row.tokens) + 1 == row.request.limit
+                    self.slots[row.slot] = [token, len(row.tokens), done]
+                    got.append((row, [token], 1))
+        for row in plan.rows:
+            token, place, done = self.slots[row.slot]
+            tokens = []
+            for _ in range(plan.steps):
+                if done:
+                    break
+                token, place = after(self.write(row, row.blocks, place, token)), place + 1
+                tokens.append(token)
+                done = token == STOP or place + 1 == row.request.limit
+            self.slots[row.slot] = [token, place, done]
+            got.append((row, tokens, plan.steps))
+        self.unread.append(got)
+
+
+class Traffic:
+    """Random requests and cancellations; what must hold is checked as they go."""
+
+    def __init__(self, seed, *, shards, blocks, slots, prefix_cache=True, chunk=12, burst=4):
+        self.random = random.Random(seed)
+        self.pools = [Blocks(blocks, BLOCK, prefix_cache=prefix_cache) for _ in range(shards)]
+        self.scheduler = Scheduler(
+            self.pools,
+            slots_per_shard=slots,
+            chunk=chunk,
+            burst=burst,
+            max_queued_requests=12,
+            max_queued_tokens=200,
+        )
+        self.device = Device(shards, blocks)
+        self.live, self.answered, self.refused, self.cancelled = [], 0, 0, 0
+        # Prompts begin alike, so that there are prefixes to find.
+        self.stems = [[self.random.randrange(VOCAB) for _ in range(30)] for _ in range(3)]
+
+    def submit(self):
+        pick = self.random
+        stem = pick.choice(self.stems)[: pick.randrange(24)]
+        prompt = (*stem, *(pick.randrange(VOCAB) for _ in range(pick.randrange(1, 8))))
+        request = Request(
+            prompt,
+            SamplingConfig(max_tokens=pick.randrange(1, 16)),
+            frozenset([STOP]),
+            priority=pick.choice([0, 0, 0, 1, -1]),
+        )
+        try:
+            self.scheduler.submit(request)
+        except QueueFull:
+            self.refused += 1
+        else:
+            self.live.append(request)
+
+    def step(self, *, lag=1):
+        plan = self.scheduler.plan()
+        if plan:
+            self.device.run(plan)
+        while len(self.device.unread) > (lag if plan else 0):
+            for row, tokens, asked in self.device.unread.popleft():
+                self.scheduler.deliver(row, tokens, asked=asked)
+        for request in [request for request in self.live if request.finish_reason]:
+            self.live.remove(request)
+            if request.finish_reason == "cancelled":
+                self.cancelled += 1
+            else:
+                self.answered += 1
+                assert request.output == alone(request)
+        return bool(plan)
+
+    def check(self):
+        """Counts every reference to every block anew."""
+        for shard, pool in enumerate(self.pools):
+            held = [0] * pool.num_blocks
+            for row in self.scheduler.rows:
+                if row.shard == shard:
+                    assert len(set(row.blocks)) == len(row.blocks)
+                    for block in row.blocks:
+                        held[block] += 1
+            assert held == pool.references
+            assert held[NULL] == 0
+            free = [*pool._free, *pool._idle]
+            assert sorted(free) == [b for b in range(1, pool.num_blocks) if not held[b]]
+        slots = [row.slot for row in self.scheduler.rows]
+        assert len(set(slots)) == len(slots)
+
+    def drain(self):
+        for _ in range(10_000):
+            if self.scheduler.idle and not self.device.unread:
+                break
+            self.step(lag=0)
+        self.check()
+        assert not self.live
+        assert all(pool.used == 0 for pool in self.pools)
+
+
+SETTINGS = {
+    "roomy": {"shards": 1, "blocks": 60, "slots": 4},
+    "tight": {"shards": 1, "blocks": 14, "slots": 4},
+    "two_shards": {"shards": 2, "blocks": 16, "slots": 3},
+    "no_prefix_cache": {"shards": 1, "blocks": 16, "slots": 4, "prefix_cache": False},
+    "one_step": {"shards": 1, "blocks": 14, "slots": 2, "chunk": 4, "burst": 1},
+}
+
+
+def run(name, operations):
+    """Random requests, cancellations and steps, in rushes and lulls; returns what came of them."""
+    traffic, pick = Traffic(name, **SETTINGS[name]), random.Random(name)
+    for operation in range(operations):
+        choice = pick.random()
+        if choice < (0.15, 0.6)[operation // 500 % 2]:
+            traffic.submit()
+        elif choice > 0.97 and traffic.live:
+            traffic.scheduler.cancel(pick.choice(traffic.live))
+        else:
+            traffic.step(lag=pick.choice([0, 1, 1, 2]))
+        if operation % 10 == 0:
+            traffic.check()
+    traffic.drain()
+    return {
+        "answered": traffic.answered,
+        "refused": traffic.refused,
+        "cancelled": traffic.cancelled,
+        "preemptions": traffic.scheduler.preemptions,
+        "prompt_tokens_found": traffic.scheduler.prompt_tokens_found,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: run(name, int(sys.argv[1])) for name in SETTINGS}))
