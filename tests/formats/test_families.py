@@ -1,6 +1,5 @@
 """Families: their tables and options give what transformers computed; config.json both ways."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -8,10 +7,7 @@ import numpy as np
 import pytest
 from tiny_families import CASES, NUM_NEW, PROMPT_LEN, computed, config_json
 
-from jaxgen.errors import UserError
 from jaxgen.formats.families import FAMILIES, family_for, family_of
-from jaxgen.models import presets
-from jaxgen.nn.rope import RopeScaling
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "families"
 
