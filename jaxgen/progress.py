@@ -1,4 +1,4 @@
-"""How far something has come, for whoever sits at a terminal."""
+"""A progress bar on a terminal's standard error."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,13 +6,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(
-    name: str, total: int, *, is_bytes: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes how much of `total` is done, and a bar shows it.
-
-    The bar is on standard error and gone at the end; where that is no terminal, there is none.
-    """
+def progress(what: str, total: int, *, is_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with how much is done so far; without a terminal it does nothing."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -22,6 +17,6 @@ def progress_bar(
     amount = rich.progress.DownloadColumn() if is_bytes else rich.progress.MofNCompleteColumn()
     columns = (*rich.progress.Progress.get_default_columns(), amount)
     console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

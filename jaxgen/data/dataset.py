@@ -18,7 +18,7 @@ from jaxgen.data.rows import FORMAT, Manifest, PackedRows
 from jaxgen.data.sources import File, ReadReport, Source
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.progress import progress_bar
+from jaxgen.progress import progress
 
 # BPE is trained on this many characters: 8,192 tokens of Python code take 2 to 4 s on two cores.
 _BPE_SAMPLE_CHARS = 10_000_000
@@ -222,7 +222,7 @@ def _with_progress(
     texts: Iterator[str], report: ReadReport, name: str, total_bytes: int
 ) -> Iterator[str]:
     """Passes documents on under a progress bar."""
-    with progress_bar(f"packing {name}", total_bytes, is_bytes=True) as show:
+    with progress(f"packing {name}", total_bytes) as show:
         for text in texts:
             yield text
             show(report.bytes_read)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.models.decoder import Decoder
-from jaxgen.progress import progress_bar
+from jaxgen.progress import progress
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.request import Request, SamplingConfig
@@ -49,7 +49,7 @@ class Generator:
             requests.append(Request(tuple(map(int, prompt)), each, frozenset(stop_ids)))
         if requests:
             self.core.runner.compile_for(len(requests))
-            with progress_bar("generating", len(requests)) as show:
+            with progress("generating", len(requests), is_bytes=False) as show:
                 self.core.run(requests, show)
         return [request.output for request in requests]
 
@@ -69,8 +69,9 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig | Sequence[SamplingConfig],
+    stop_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Returns the text that follows each prompt, up to the tokenizer's end of text.
+    """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
 
     Raises:
         UserError: as `Generator`, or the tokenizer has tokens that the model has not.
@@ -78,4 +79,5 @@ def generate_text(
     generator = model if isinstance(model, Generator) else Generator(model)
     check_vocab(tokenizer, generator.model.config.vocab_size)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return [tokenizer.decode(row) for row in generator(ids, sampling, [tokenizer.eos_id])]
+    stops = [*stop_ids, tokenizer.eos_id]
+    return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
