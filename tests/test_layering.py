@@ -39,7 +39,7 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
+    "serve": BASE | {"nn", "models", "data", "progress"},
     "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}
