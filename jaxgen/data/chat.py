@@ -173,7 +173,8 @@ def _answers(
     """Returns a conversation's text, and the characters [start, end) of each answer in it."""
     messages = conversation.messages
 
-    def text_of(count: int, *, add_generation_prompt: bool = False, **variables: str) -> str:
+    def text_of(count: int, *, add_generation_prompt: bool = False, mark: str = "") -> str:
+        variables: dict[str, Any] = {_MARK: mark}
         return render(
             template,
             messages[:count],
@@ -186,7 +187,7 @@ def _answers(
     if _GENERATION.search(template):
         # A mark that no text can hold by chance or intent.
         mark = f"\0{uuid.uuid4()}\0"
-        parts = text_of(len(messages), **{_MARK: mark}).split(mark)
+        parts = text_of(len(messages), mark=mark).split(mark)
         ends = np.cumsum([len(part) for part in parts]).tolist()
         return "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
     whole, spans = text_of(len(messages)), []
@@ -247,8 +248,8 @@ def _compiled(template: str) -> jinja2.Template:
     )
     # Jinja's own writes HTML.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
-    return environment.from_string(template)
+    functions: dict[str, Any] = {"raise_exception": _raise, "strftime_now": _now}
+    return environment.from_string(template, globals=functions)
 
 
 def _raise(message: str) -> NoReturn:

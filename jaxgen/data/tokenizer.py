@@ -89,15 +89,15 @@ class Tokenizer:
         self.bos_id = None if bos is None else self._id(bos)
         self.eos_id = self._id(eos)
         self.pad_id = self.eos_id if pad is None else self._id(pad)
-        self.special_ids = frozenset(n for n, t in model.get_added_tokens_decoder().items() if t.special)
+        self.special_ids = frozenset(
+            n for n, t in model.get_added_tokens_decoder().items() if t.special
+        )
         usual = () if self.bos_id is None else (self.bos_id,)
         self.begin = usual if begin is None else begin
         self.chat_template = chat_template
         self._config = dict(config)
         named = {key: _token_name(config[key]) for key in config if key.endswith("_token")}
-        self.special_names = {
-            key: name for key, name in (named | self._names).items() if isinstance(name, str)
-        }
+        self.special_names = {k: name for k, name in (named | self._names).items() if name}
         key = self.json + json.dumps(self._names, sort_keys=True)
         if self.begin != usual:
             key += json.dumps(self.begin)
@@ -361,4 +361,5 @@ def _read_template(folder: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _token_name(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
