@@ -89,7 +89,8 @@ def render(
             messages=plain, add_generation_prompt=add_generation_prompt, **values
         )
     except Exception as error:  # A template may divide by zero as well as leave the sandbox.
-        raise UserError(f"the chat template fails: {str(error) or type(error).__name__}") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the chat template fails: {said}") from None
 
 
 def encode_prompt(

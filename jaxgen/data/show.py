@@ -81,7 +81,7 @@ def show(
             lines.append(f"--- document {segment}: {len(tokens)} tokens, {targets} targets")
             text = packed.tokenizer.decode(tokens, special=True)
             if targets < len(tokens) - 1:
-                text = _mark(packed.tokenizer, tokens, batch.weights[row, own][:-1] > 0)
+                text = _mark(packed.tokenizer, tokens, np.asarray(batch.weights[row, own][:-1]) > 0)
             lines.append(text)
         if (segments == 0).any():
             lines.append(f"--- padding: {int((segments == 0).sum())} tokens")
