@@ -51,12 +51,10 @@ def test_conversations_read_as_their_models_know_them():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_transformers_writes_the_same(name):
+def test_transformers_writes_the_same(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=chats.model(), bos_token="<s>", eos_token="</s>"
-    )
-    theirs.chat_template = TEMPLATES[name]
+    tokenizer(name).save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for messages, tools in chats.CONVERSATIONS[name]:
         for prompt in (False, True):
             assert text_of(name, messages, prompt=prompt, tools=tools) == (
