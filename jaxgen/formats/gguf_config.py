@@ -201,6 +201,7 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"RoPE scaling {kind} is not supported; use one of linear, yarn, llama3")
+    file.get("rope.scaling.factor")
     start = f"{file.architecture}.rope.scaling."
     said = {key.removeprefix(start) for key in file.facts if key.startswith(start)}
     names = _SCALING | (_YARN if kind == "yarn" else {})

@@ -128,6 +128,12 @@ def test_a_template_that_rewrites_what_was_said_is_refused():
         encode_chat(tokenizer(forgets.replace("assistant: {% endif %}", "A: {% endif %}")), turns)
 
 
+def test_a_mark_that_is_lost_is_noticed():
+    cut = "{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}"
+    with pytest.raises(UserError, match=r"leaves a \{% generation %\} open"):
+        encode_chat(tokenizer(cut + "{{ x[:50] }}"), TURNS)
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [
