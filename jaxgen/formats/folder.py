@@ -256,13 +256,7 @@ def _parts(place: _Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Ite
             yield _Part(place, tensor, index, start, stop)
 
 
-def write_weights(
-    folder: str,
-    family: Family,
-    model: Decoder,
-    dtype: str,
-    max_file_bytes: int = safetensors.MAX_FILE_BYTES,
-) -> None:
+def write_weights(folder: str, family: Family, model: Decoder, dtype: str) -> None:
     """Writes the weights of a model as safetensors files, one tensor of theirs at a time.
 
     Every process calls this, and process 0 writes.
@@ -272,7 +266,8 @@ def write_weights(
     """
     places, kind = _places(family, model), np.dtype(jax.numpy.dtype(dtype))
     files = safetensors.split(
-        {name: Spec(kind, shape) for name, shape in sorted(_shapes(places).items())}, max_file_bytes
+        {name: Spec(kind, shape) for name, shape in sorted(_shapes(places).items())},
+        safetensors.MAX_FILE_BYTES,
     )
     sources_of: dict[str, list[tuple[_Place, tuple[int, ...]]]] = defaultdict(list)
     for place in sorted(places, key=lambda place: place.rows_before):
