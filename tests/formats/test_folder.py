@@ -266,3 +266,13 @@ def test_what_several_processes_gather_is_what_one_does(llama):
             replicated = module._replicate(leaf, index)
             assert replicated.is_fully_replicated
             np.testing.assert_array_equal(replicated, module._gather(leaf, index))
+
+
+def test_weights_can_be_given_away(llama):
+    """Copies on several CPU devices may be one buffer; a program that owns them may not write it."""
+    model = read(llama, config_of(), MESHES["fsdp"])
+    before = {name: np.array(leaf) for name, leaf in named_leaves(model)}
+    add = jax.jit(lambda model: jax.tree.map(lambda leaf: leaf + 1, model), donate_argnums=0)
+    for name, leaf in named_leaves(add(model)):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, before[name][shard.index] + 1)
