@@ -260,16 +260,13 @@ class _Folder(Pretrained):
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
         said = _read_json(f"{self.location}/{folder.GENERATION}") or {}
-        stops = [*_ids(said), *_ids(self.given), self.tokenizer().eos_id]
+        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
         if not said:
-            return GenerationDefaults(tuple(dict.fromkeys(stops)))
-        draws = said.get("do_sample", False)
-        return GenerationDefaults(
-            tuple(dict.fromkeys(stops)),
-            said.get("temperature", 1.0) if draws else 0.0,
-            said.get("top_k"),
-            said.get("top_p"),
-        )
+            return GenerationDefaults(stops)
+        temperature = 0.0
+        if said.get("do_sample"):
+            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
+        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
 
     def read(self, abstract_model: Decoder) -> Decoder:
         return folder.read_weights(self.location, self.stored, self.family, abstract_model)
