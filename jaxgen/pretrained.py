@@ -80,7 +80,7 @@ class Pretrained(abc.ABC):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """In which the weights are kept in memory, which loses nothing."""
+        """Of the weights in memory; float32 holds every float16."""
         return "bfloat16" if self.stored_dtype == "bfloat16" else "float32"
 
     @property

@@ -145,7 +145,11 @@ def test_reading_and_writing_hold_one_tensor_and_one_shard_beside_the_model(tmp_
 
 @pytest.mark.full
 def test_llama_8b_needs_little_beside_itself(tmp_path):
-    """16 GB on the host, for devices are simulated; 20 GB of disk."""
+    """16 GB on the host, for devices are simulated, and on disk."""
+    with open("/proc/meminfo") as file:
+        available = int(dict(line.split(":") for line in file)["MemAvailable"].split()[0])
+    if available < 17_000_000:
+        pytest.skip(f"needs 17 GB of free memory, and there are {available / 1e6:.1f}")
     try:
         files = write_large(tmp_path / "in", LLAMA_3_1_8B)
         assert len(files) == 4
