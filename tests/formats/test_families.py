@@ -26,7 +26,8 @@ def test_a_tiny_model_computes_what_transformers_did(case, tmp_path):
     """
     golden = json.loads((GOLDEN / f"{case}.json").read_text())
     given = config_json(case)
-    write_folder(tmp_path, given, tensors_of(given))
+    family = family_of(given)
+    write_folder(tmp_path, given, tensors_of(family, family.read(given)))
     logits, loss, gradients = computed(decoder_of(tmp_path), golden["greedy"])
     for position, values in golden["logits"].items():
         np.testing.assert_allclose(logits[1, int(position), : len(values)], values, atol=1e-4)

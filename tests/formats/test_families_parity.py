@@ -39,7 +39,8 @@ def transformers_on(folder, given):
     import torch
     from transformers import AutoModelForCausalLM
 
-    write_folder(folder, given, tensors_of(given))
+    family = family_of(given)
+    write_folder(folder, given, tensors_of(family, family.read(given)))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )

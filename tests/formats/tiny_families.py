@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.config import ServeConfig
-from jaxgen.formats import folder
 from jaxgen.formats.families import family_of
 from jaxgen.models.config import ComputeConfig
 from jaxgen.pretrained import abstract_model, open_model
@@ -108,11 +107,35 @@ def rows(greedy):
     return tokens
 
 
-def tensors_of(given):
+def places(family, model):
+    """For every parameter its name, leaf, and parts of its shape, and the rows before it."""
+    leaves, table = dict(named_leaves(model)), {tensor.ours: tensor for tensor in family.tensors}
+
+    def outputs(name):
+        stacked = table[name].theirs.count("{")
+        return leaves[name].shape[stacked + table[name].inputs :]
+
+    for name, leaf in leaves.items():
+        tensor = table[name]
+        stacked = tensor.theirs.count("{")
+        inputs = leaf.shape[stacked : stacked + tensor.inputs]
+        before = sum(math.prod(outputs(other)) for other in tensor.after)
+        yield name, leaf, tensor, leaf.shape[:stacked], inputs, outputs(name), before
+
+
+def tensors_of(family, config):
     """Their tensors by name: random numbers, drawn for each by its name."""
-    family, config = family_of(given), family_of(given).read(given)
+    shapes = {}
+    for _, _, tensor, stack, inputs, outputs, before in places(family, abstract_decoder(config)):
+        for index in np.ndindex(stack):
+            name = tensor.theirs.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            if inputs:
+                size = max(before + math.prod(outputs), *shapes.get(name, (0,))[:1])
+                shapes[name] = (size, math.prod(inputs))
+            else:
+                shapes[name] = (math.prod(outputs),) if stack else outputs
     drawn = {}
-    for name, shape in folder._shapes(folder._places(family, abstract_decoder(config))).items():
+    for name, shape in shapes.items():
         values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
         if name.endswith("norm.weight"):
             values = 0.3 * values + (0.0 if config.norm_plus_one else 1.0)
@@ -123,6 +146,23 @@ def tensors_of(given):
             values *= (3.0 if "lm_head" in name or ".gate.w" in name else 1.5) / math.sqrt(shape[1])
         drawn[name] = values.astype(np.float32)
     return drawn
+
+
+def from_theirs(family, model, tensors):
+    """Arrays by our names, from tensors by theirs, in another way than `formats.folder` does."""
+    found = {}
+    for name, leaf, tensor, stack, inputs, outputs, before in places(family, model):
+        value = np.empty(leaf.shape, np.float32)
+        for index in np.ndindex(stack):
+            theirs = tensors[
+                tensor.theirs.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            ]
+            part = theirs[before : before + math.prod(outputs)] if inputs else theirs
+            part = part.reshape(*outputs, *inputs)
+            order = (*range(len(outputs), part.ndim), *range(len(outputs)))
+            value[index] = part.transpose(order)
+        found[name] = value
+    return found
 
 
 def abstract_decoder(config):
