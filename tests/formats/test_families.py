@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_families import CASES, NUM_NEW, PROMPT_LEN, computed, config_json
+from small_folders import write_folder
+from tiny_families import CASES, NUM_NEW, PROMPT_LEN, computed, config_json, decoder_of, tensors_of
 
 from jaxgen.errors import UserError
 from jaxgen.formats.families import FAMILIES, family_for, family_of
@@ -18,13 +19,16 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "families"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_tiny_model_computes_what_transformers_did(case):
+def test_a_tiny_model_computes_what_transformers_did(case, tmp_path):
     """Values of transformers 5.24: python tests/formats/test_families_parity.py writes them anew.
 
     Its greedy text is the first row: each of our logits is largest at the next token.
     """
     golden = json.loads((GOLDEN / f"{case}.json").read_text())
-    logits, loss, gradients = computed(case, golden["greedy"])
+    given = config_json(case)
+    family = family_of(given)
+    write_folder(tmp_path, given, tensors_of(family, family.read(given)))
+    logits, loss, gradients = computed(decoder_of(tmp_path), golden["greedy"])
     for position, values in golden["logits"].items():
         np.testing.assert_allclose(logits[1, int(position), : len(values)], values, atol=1e-4)
     text = logits[0, PROMPT_LEN - 1 :][:NUM_NEW].argmax(axis=-1)

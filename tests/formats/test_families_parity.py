@@ -8,19 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_folders import write_folder
 from tiny_families import (
     CASES,
     NUM_NEW,
     PROMPT_LEN,
-    abstract_decoder,
     computed,
     config_json,
     decoder_of,
-    from_theirs,
     rows,
     tensors_of,
 )
 
+from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.formats.families import FAMILIES, family_of
 from jaxgen.serve.generate import Generator
 from jaxgen.serve.sampler import SamplingConfig
@@ -37,13 +37,10 @@ def transformers_on(folder, given):
     config.json that it writes itself.
     """
     import torch
-    from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     family = family_of(given)
-    config = family.read(given)
-    (folder / "config.json").write_text(json.dumps(given))
-    save_file(tensors_of(family, config), folder / "model.safetensors", {"format": "pt"})
+    write_folder(folder, given, tensors_of(family, family.read(given)))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
@@ -59,8 +56,7 @@ def transformers_on(folder, given):
     for parameter in model.parameters():
         parameter.data = parameter.grad
     model.save_pretrained(folder / "saved")
-    gradients = load_file(folder / "saved" / "model.safetensors")
-    gradients = from_theirs(family, abstract_decoder(config), gradients)
+    gradients = dict(named_leaves(decoder_of(folder / "saved")))
     saved = json.loads((folder / "saved" / "config.json").read_text())
     return greedy, found.logits.detach().numpy(), found.loss.item(), gradients, saved
 
@@ -73,14 +69,15 @@ def test_a_tiny_model_computes_what_transformers_does(case, tmp_path):
     written = family.write(config)
     greedy, logits, loss, gradients, saved = transformers_on(tmp_path, written)
     assert family.read(saved) == config
-    our_logits, our_loss, our_gradients = computed(case, greedy)
+    model = decoder_of(tmp_path)
+    our_logits, our_loss, our_gradients = computed(model, greedy)
     errors = {
         name: np.linalg.norm(our_gradients[name] - gradient) / np.linalg.norm(gradient)
         for name, gradient in gradients.items()
     }
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         prompt = rows(greedy)[0, :PROMPT_LEN].tolist()
-        (text,) = Generator(decoder_of(case))([prompt], SamplingConfig(max_tokens=NUM_NEW))
+        (text,) = Generator(model)([prompt], SamplingConfig(max_tokens=NUM_NEW))
     logit_error, loss_error = np.abs(our_logits - logits).max(), abs(our_loss - loss) / loss
     print(f"{case}: logits {logit_error:.1e} loss {loss_error:.1e}", end=" ")
     print(f"gradients {max(errors.values()):.1e}")
