@@ -20,6 +20,7 @@ ALLOWED = {
     "fields": {"errors"},
     "sharding": {"errors"},
     "tables": set(),
+    "progress": set(),
     "collectives": BASE | {"tables"},
     "compiler": BASE,
     "distributed": BASE,
@@ -28,7 +29,7 @@ ALLOWED = {
     "picture": BASE,
     "nn": BASE,
     "models": BASE | {"nn"},
-    "data": BASE | {"distributed", "metrics"},
+    "data": BASE | {"distributed", "metrics", "progress"},
     "checkpoint": BASE | {"distributed", "metrics"},
     "formats": BASE | {"metrics", "nn", "models", "data", "checkpoint"},
     "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
@@ -39,7 +40,8 @@ ALLOWED = {
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
-    "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
+    "eval": BASE
+    | {"compiler", "nn", "models", "data", "config", "pretrained", "serve", "tables", "progress"},
 }
 ALLOWED["references"] = {"nn"}
 # All but the command line.
