@@ -1,4 +1,4 @@
-"""A progress bar on a terminal."""
+"""A progress bar on a terminal's standard error."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,16 +6,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(what: str, total: int, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Shows how far something is, on standard error and only if that is a terminal.
+def progress(what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the bytes done so far; without a terminal it does nothing.
 
     Args:
         what: is being done.
-        total: amount of it.
-        in_bytes: whether the amounts are shown, as bytes.
-
-    Yields:
-        What to call with the amount that is done.
+        total: of it.
+        in_bytes: False if it is counted in anything else.
     """
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -23,10 +20,9 @@ def progress(what: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     import rich.console
     import rich.progress
 
-    columns = [*rich.progress.Progress.get_default_columns()]
-    if in_bytes:
-        columns.append(rich.progress.DownloadColumn())
+    unit = rich.progress.DownloadColumn() if in_bytes else rich.progress.MofNCompleteColumn()
+    columns = (*rich.progress.Progress.get_default_columns(), unit)
     console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task(what, total=total)
-        yield lambda done: bars.update(bar, completed=done)
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

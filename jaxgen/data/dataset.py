@@ -222,7 +222,7 @@ def _with_progress(
     texts: Iterator[str], report: ReadReport, name: str, total_bytes: int
 ) -> Iterator[str]:
     """Passes documents on under a progress bar."""
-    with progress(f"packing {name}", total_bytes, in_bytes=True) as show:
+    with progress(f"packing {name}", total_bytes) as show:
         for text in texts:
             yield text
             show(report.bytes_read)

@@ -106,7 +106,7 @@ class Scorer:
                     scores[number] = self._score(number, loglik[row, counted], greedy[row, counted])
             show(len(scores))
 
-        with progress("scoring", len(requests)) as show:
+        with progress("scoring", len(requests), in_bytes=False) as show:
             for rows in self._batches([len(self._seen(request)) - 1 for request in requests]):
                 # The next batch is under way before the last one's results are waited for.
                 running.append((rows.requests, *self._start(rows, requests)))
