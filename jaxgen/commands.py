@@ -104,8 +104,9 @@ class Command(NamedTuple):
         return " ".join(filter(None, (source, *self.outputs, "[options]")))
 
 
-def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
-    """Returns the config that a command was asked to run with."""
+def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) -> Any:
+    """Returns the config that a command was asked to run with; a MODEL is left in `args.model`."""
+    path = args.source
     if path is None:
         assert command.default is not None
         return fields.override(command.default(), overrides)
@@ -115,8 +116,9 @@ def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
         return config.load_config(path, overrides)
     from jaxgen.pretrained import open_model
 
+    args.model = open_model(path)
     # Not the mesh it was trained on, which may not be here; any other gives the same text.
-    return fields.override(open_model(path).serve_config(), overrides)
+    return fields.override(args.model.serve_config(), overrides)
 
 
 def _start() -> None:
@@ -142,12 +144,12 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
-    from jaxgen.pretrained import load_model, open_model
+    from jaxgen.pretrained import load_model
     from jaxgen.serve.generate import generate_text
     from jaxgen.serve.sampler import SamplingConfig
     from jaxgen.sharding import make_mesh
 
-    defaults = open_model(args.source).generation
+    defaults = args.model.generation
     chosen = {}
     for field in dataclasses.fields(SamplingConfig):
         for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
@@ -157,7 +159,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
-    model, tokenizer = load_model(args.source, config, mesh)
+    model, tokenizer = load_model(args.model, config, mesh)
     with jax.set_mesh(mesh):
         completions = generate_text(model, tokenizer, prompts, samplings, defaults.stop_ids)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -191,14 +193,14 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
-    from jaxgen.pretrained import check_empty, load_model, open_model
+    from jaxgen.pretrained import check_empty, load_model
     from jaxgen.sharding import make_mesh
 
     (location,) = args.outputs
     if jax.process_index() == 0:
         check_empty(location)
-    model, _ = load_model(args.source, config, make_mesh(config.mesh))
-    open_model(args.source).write(location, model, args.dtype)
+    model, _ = load_model(args.model, config, make_mesh(config.mesh))
+    args.model.write(location, model, args.dtype)
 
 
 def _data_pack(args: argparse.Namespace, config: Any) -> None:
