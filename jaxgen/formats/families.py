@@ -56,8 +56,14 @@ class Family:
         return DecoderConfig(**fields)
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
-        """Returns a config.json; `read` gives the model back where the family can express it."""
-        values = {"architectures": [self.architecture], "model_type": self.model_type}
+        """Returns a config.json; `read` gives the model back where the family can express it.
+
+        It names no special tokens: those of a tokenizer may replace the nulls, which keep the
+        architecture's own from standing in.
+        """
+        values: dict[str, Any] = {"architectures": [self.architecture]}
+        values["model_type"] = self.model_type
+        values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         for part in self.parts:
             values |= part.write(config)
         return values

@@ -179,8 +179,8 @@ def read_weights(
             arrays = []
             while buffers:
                 box, buffer = buffers.popitem()
-                # Copied on CPU too: an array that aliases a buffer cannot be donated.
-                arrays += [jax.device_put(buffer, d, may_alias=False) for d in devices[box]]
+                # On CPU these are the buffer, into which JAX does not write when they are donated.
+                arrays += [jax.device_put(buffer, device) for device in devices[box]]
                 jax.block_until_ready(arrays)
             leaves.append(jax.make_array_from_single_device_arrays(shape, sharding, arrays))
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
@@ -256,13 +256,7 @@ def _parts(place: _Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Ite
             yield _Part(place, tensor, index, start, stop)
 
 
-def write_weights(
-    folder: str,
-    family: Family,
-    model: Decoder,
-    dtype: str,
-    max_file_bytes: int = safetensors.MAX_FILE_BYTES,
-) -> None:
+def write_weights(folder: str, family: Family, model: Decoder, dtype: str) -> None:
     """Writes the weights of a model as safetensors files, one tensor of theirs at a time.
 
     Every process calls this, and process 0 writes.
@@ -272,12 +266,13 @@ def write_weights(
     """
     places, kind = _places(family, model), np.dtype(jax.numpy.dtype(dtype))
     files = safetensors.split(
-        {name: Spec(kind, shape) for name, shape in sorted(_shapes(places).items())}, max_file_bytes
+        {name: Spec(kind, shape) for name, shape in sorted(_shapes(places).items())},
+        safetensors.MAX_FILE_BYTES,
     )
-    sources_of: dict[str, list[tuple[_Place, tuple[int, ...]]]] = defaultdict(list)
+    made_of: dict[str, list[tuple[_Place, tuple[int, ...]]]] = defaultdict(list)
     for place in sorted(places, key=lambda place: place.rows_before):
         for index in np.ndindex(place.stack):
-            sources_of[place.name(index)].append((place, index))
+            made_of[place.name(index)].append((place, index))
     writes = jax.process_index() == 0
     total, done = sum(spec.nbytes for specs in files.values() for spec in specs.values()), 0
     with progress(f"writing {folder}", total) as show:
@@ -287,7 +282,7 @@ def write_weights(
                 if file:
                     file.write(safetensors.make_header(specs))
                 for tensor in specs:
-                    for place, index in sources_of[tensor]:
+                    for place, index in made_of[tensor]:
                         # No name is given, so that it is gone before the next one is gathered.
                         _write_rows(file, tensor, place, _gather(place.leaf, index), kind)
                     done += specs[tensor].nbytes
