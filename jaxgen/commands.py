@@ -113,9 +113,9 @@ class Command(NamedTuple):
 
 def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     """Returns the config that a command was asked to run with; a MODEL is left in `args.model`."""
+    path = args.source
     if command.source == FILE:
         return fields.override(None, overrides)
-    path = args.source
     if path is None:
         assert command.default is not None
         return fields.override(command.default(), overrides)

@@ -1,7 +1,10 @@
+import contextlib
+import io
 import json
 
 import gguf
 import gguf_files as files
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.gguf import convert
+from jaxgen.pretrained import load_model, open_model
+from jaxgen.sharding import MeshConfig, make_mesh
 
 QUANTISED = {"attn_q": files.Q4_0, "attn_k": files.Q8_0, "ffn_down": files.Q4_0}
 
@@ -25,11 +30,24 @@ def dequantised(weights, kind):
     return gguf.dequantize(gguf.quants.quantize(weights, kind), kind)
 
 
+@contextlib.contextmanager
+def silence():
+    """Checks that nothing is said on standard error."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        yield
+    assert said.getvalue() == ""
+
+
 def converted(tmp_path, arch, *, facts=None, **options):
     """Writes and converts a model; returns its true weights, those read, and its config.json."""
     true = files.weights(arch, **options)
     files.write(tmp_path / "m.gguf", arch, files.theirs(arch, true), facts=facts)
     convert(tmp_path / "m.gguf", tmp_path / "out")
+    # Every key is known and every tensor has its place: the folder is a model.
+    with silence():
+        pretrained = open_model(tmp_path / "out")
+    load_model(pretrained, pretrained.serve_config(), make_mesh(MeshConfig(), jax.devices()[:1]))
     return true, read(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -76,7 +94,14 @@ def test_a_llama_is_what_it_was_before(tmp_path):
 
 
 def test_qwen_has_biases_and_a_head_and_rows_in_order(tmp_path):
-    true, found, config = converted(tmp_path, "qwen2", bias=True, head=True)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    facts = {f"qwen2.rope.scaling.{key}": value for key, value in yarn.items()}
+    true, found, config = converted(tmp_path, "qwen2", facts=facts, bias=True, head=True)
+    assert config["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     assert not config["tie_word_embeddings"]
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert found.keys() == true.keys()
@@ -113,6 +138,18 @@ def test_experts_come_apart(tmp_path):
     for name, weights in true.items():
         np.testing.assert_array_equal(found[name], weights, err_msg=name)
     assert (config["num_experts"], config["moe_intermediate_size"]) == (3, 96)
+
+
+def test_a_llama_with_experts_is_a_mixtral(tmp_path):
+    facts = {"llama.expert_count": 2, "llama.expert_used_count": 1}
+    true, found, config = converted(tmp_path, "llama", facts=facts, experts=2)
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (2, 1)
+    for name, weights in true.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for ours, mixtral in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            name = name.replace(ours, mixtral)
+        np.testing.assert_array_equal(found[name], weights, err_msg=name)
 
 
 def llama3_divisors(factor, low=1.0, high=4.0, length=8192):
@@ -244,6 +281,8 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
         assert not list(tmp_path.glob("*.partial"))
 
     refused("does not exist")
+    with pytest.raises(UserError, match="is a URL; GGUF files are read in place"):
+        convert("gs://bucket/m.gguf", out)
     path.write_bytes(b"GG")
     refused("is not a GGUF file, or is cut short")
     path.write_text("a text that is long enough to be read as a header" * 9)
@@ -263,6 +302,12 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
     refused("tensor blk.0.ssm_a.weight has no place in a LlamaForCausalLM")
     files.write(path, "llama", tensors, facts={"llama.rope.scaling.type": "longrope"})
     refused("RoPE scaling longrope is not supported; use one of linear, yarn, llama3")
+    yarn = {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}
+    yarn = {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+    files.write(path, "llama", tensors, facts=yarn)
+    refused("attn_factor of RoPE scaling yarn is not supported")
+    files.write(path, "llama", tensors, facts={"split.count": 3})
+    refused("is one of 3 files of a model; join them")
     files.write(path, "gemma2", files.theirs("gemma2", files.weights("gemma2")))
     refused("says no gemma2.attention.sliding_window")
     out.mkdir()
