@@ -38,8 +38,8 @@ DEFAULT_MAX_TOKENS = 256
 class JaxgenLM(LM):
     """Scores what tasks ask for on any mesh, and writes it on those that generate.
 
-    Numbers are those of lm-eval's `hf` model of the same weights, which cuts and begins texts in the
-    same way: contexts are cut on the left, and a text begins as its tokenizer says.
+    Numbers are those of lm-eval's `hf` model of the same weights, which cuts and begins texts in
+    the same way: contexts are cut on the left, and a text begins as its tokenizer says.
     """
 
     def __init__(
