@@ -83,7 +83,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
         parser.add_argument(option, **OPTIONS[option])
     wants_help = "-h" in argv or "--help" in argv
     argv, overrides = _split([arg for arg in argv if arg not in ("-h", "--help")], options)
-    args = parser.parse_args(argv, argparse.Namespace(source=None))
+    args = parser.parse_args(argv, argparse.Namespace(source=None, overrides=overrides))
     args.outputs = [getattr(args, output) for output in command.outputs]
     needs_source = args.source is None and command.default is None
     if wants_help:

@@ -61,6 +61,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
     "--top-k": _sampling("K", "sample among the K likeliest tokens; 0 for all", 0),
     "--top-p": _sampling("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--data": {
+        "metavar": "FILE.jsonl",
+        "help": "at any location: questions with choices, or texts; one JSON object a line",
+    },
+    "--limit": {"type": int, "metavar": "N", "help": "take the first N of them (default: all)"},
+    "--batch-size": {
+        "type": int,
+        "metavar": "N",
+        "help": "rows scored at once (default: by their length)",
+    },
     "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
     "--step": _number("N", "the step whose batch is shown", 0),
     "--steps": _number("N", "training steps that are timed, after two that are not", 20),
@@ -176,6 +186,29 @@ def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
     print(convert(args.source, args.outputs[0], args.dtype or "float32"))
 
 
+def _eval(args: argparse.Namespace, config: Any) -> None:
+    if args.data is None:
+        raise UserError(f"no data; give --data FILE.jsonl: {OPTIONS['--data']['help']}")
+    from jaxgen.eval.tasks import evaluate, read_records, table
+
+    records = read_records(args.data, args.limit)
+    _start()
+    import jax
+
+    from jaxgen.eval.score import Scorer
+    from jaxgen.pretrained import load_model
+    from jaxgen.sharding import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    model, tokenizer = load_model(args.model, config, mesh)
+    with jax.set_mesh(mesh):
+        dtype = args.overrides.get("compute.dtype")
+        scorer = Scorer(model, batch_size=args.batch_size, dtype=dtype)
+        results = evaluate(scorer, tokenizer, records)
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
+
+
 def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
@@ -248,6 +281,12 @@ SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "-
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "eval": Command(
+        "Measures a trained model on questions with choices, or on texts.",
+        _eval,
+        MODEL,
+        ("--data", "--limit", "--batch-size", "--json"),
+    ),
     "convert from-gguf": Command(
         "Writes a GGUF file as a Hugging Face folder.",
         _convert_from_gguf,

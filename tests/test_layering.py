@@ -40,7 +40,9 @@ ALLOWED = {
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
-    "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
+    "eval": BASE
+    | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
+    | {"pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}
 # All but the command line.
