@@ -2,11 +2,18 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from jaxgen.cli import main
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.formats import safetensors
+from jaxgen.formats.families import family_for
+from jaxgen.formats.folder import write_folder
+from jaxgen.models.config import ComputeConfig, DecoderConfig
+from jaxgen.models.decoder import Decoder
+from jaxgen.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.parity
 SIZES = {
@@ -89,3 +96,41 @@ def test_the_library_reads_what_we_write_for_another_dtype(tmp_path):
     assert main(argv) == 0
     half = {name: values.to(torch.float16) for name, values in model.state_dict().items()}
     assert_same(half, state_of(tmp_path / "out"))
+
+
+def test_transformers_computes_what_a_model_of_ours_does(tmp_path):
+    """A model that was never theirs: its config.json is ours to make."""
+    import torch
+    import transformers
+
+    config = DecoderConfig(
+        vocab_size=264,
+        num_layers=2,
+        embed_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=48,
+        max_seq_len=64,
+        rope_theta=500.0,
+        tie_embeddings=True,
+    )
+    compute = ComputeConfig(dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 24), np.int32)
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), tokens.shape)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+        model = jax.jit(lambda: Decoder(config, key=jax.random.key(0), compute=compute))()
+        spec = model.rules.here()("batch", "seq")
+        batch = [jax.device_put(x, spec) for x in (tokens, positions, np.ones_like(tokens))]
+        ours = jax.jit(lambda model, batch: model(*batch))(model, batch)
+    family, given = family_for(config)
+    tokenizer = Tokenizer.from_bytes()
+    write_folder(str(tmp_path), family, given, model, dtype="float32", tokenizer=tokenizer)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.eos_token_id == tokenizer.eos_id
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-4, atol=1e-5)
+    text = "def main(): # Grüße"
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)
+    assert ids["input_ids"] == tokenizer.encode(text)
