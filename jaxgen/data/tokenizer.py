@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxgen.data import sources
 from jaxgen.errors import UserError
@@ -98,7 +98,8 @@ class Tokenizer:
         self._config = dict(config)
         named = {key: _token_name(config[key]) for key in config if key.endswith("_token")}
         self.special_names = {k: name for k, name in (named | self._names).items() if name}
-        key = self.json + json.dumps(self._names, sort_keys=True)
+        # Without what adds `begin`, so that `save` may put that into the file.
+        key = model.to_str() + json.dumps(self._names, sort_keys=True)
         if self.begin != usual:
             key += json.dumps(self.begin)
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
@@ -184,13 +185,24 @@ class Tokenizer:
         if self.begin in ((), (self.bos_id,)):
             config["add_bos_token"] = self.begin != ()
         files = {
-            "tokenizer.json": self.json,
+            "tokenizer.json": self._json_with_begin(),
             "tokenizer_config.json": json.dumps(config, indent=2),
             _TEMPLATE: self.chat_template,
         }
         for name, text in files.items():
             if text is not None:
                 sources.write_bytes(f"{folder}/{name}", text.encode())
+
+    def _json_with_begin(self) -> str:
+        """Returns the file with our begin of text, which transformers looks for in it alone."""
+        model = tokenizers.Tokenizer.from_str(self.json)
+        if model.post_processor is not None or not self.begin or self.begin != (self.bos_id,):
+            return self.json
+        bos = self._names["bos_token"]
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+        )
+        return model.to_str()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of a text, without begin and end.

@@ -5,9 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import tokenizers
 from small_models import CONFIG, make, mesh_of
-from tokenizers.processors import TemplateProcessing
 
 from jaxgen.cli import main
 from jaxgen.data.tokenizer import Tokenizer
@@ -68,14 +66,6 @@ def folder(tmp_path_factory):
         family, given = family_for(model.config)
         args = (str(folder / "hf"), family, given, model)
         write_folder(*args, dtype="float32", tokenizer=tokenizer)
-    # As the tokenizers of Llama do it: transformers takes the begin from there alone.
-    path = str(folder / "hf" / "tokenizer.json")
-    published = tokenizers.Tokenizer.from_file(path)
-    begin = ("<|begin_of_text|>", tokenizer.bos_id)
-    published.post_processor = TemplateProcessing(
-        single=f"{begin[0]} $A", pair=f"{begin[0]} $A $B", special_tokens=[begin]
-    )
-    published.save(path)
     questions = [
         {
             "question": text(rng, rng.integers(1, 30)),
