@@ -178,22 +178,21 @@ def test_a_wrong_value_in_a_config_file_is_one_line(tmp_path):
 
 def test_ctrl_c_is_one_line_and_exits_with_130(tmp_path):
     (tmp_path / "slow.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxgen", "train", "slow.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRON,
-        # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        assert process.stdout.readline() == "here\n"
-        start = time.perf_counter()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    command = [sys.executable, "-m", "jaxgen", "train", "slow.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
+    def heed_ctrl_c():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(command, **pipes, env=ENVIRON, preexec_fn=heed_ctrl_c) as process:
+        try:
+            assert process.stdout.readline() == "here\n"
+            start = time.perf_counter()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (130, "jaxgen: interrupted\n")
     assert time.perf_counter() - start < 10
 
