@@ -197,10 +197,13 @@ def split(tensors: Mapping[str, Spec], max_bytes: int) -> dict[str, dict[str, Sp
     A tensor that is larger has a file of its own.
     """
     groups: list[dict[str, Spec]] = [{}]
+    left = max_bytes
     for name, tensor in tensors.items():
-        if groups[-1] and _nbytes(groups[-1]) + tensor.nbytes > max_bytes:
+        if groups[-1] and tensor.nbytes > left:
             groups.append({})
+            left = max_bytes
         groups[-1][name] = tensor
+        left -= tensor.nbytes
     if len(groups) == 1:
         return {WEIGHTS: in_order(tensors)}
     return {
