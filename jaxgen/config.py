@@ -73,13 +73,18 @@ class TrainConfig:
                 f"compute.expert_dispatch={self.compute.expert_dispatch!r} and model.moe is None; "
                 "give the model experts, or leave it 'all_gather'"
             )
+        schedule = self.compute.pipeline.schedule(mesh, rules)
+        if schedule and self.compute.gather_once:
+            raise UserError(
+                f"compute.gather_once={self.compute.gather_once!r} in a pipeline would add up the "
+                f"gradients of all microbatches in {self.compute.dtype}; set it to None"
+            )
         if train.seq_len > model.max_seq_len:
             raise UserError(
                 f"train.seq_len={train.seq_len} is longer than "
                 f"model.max_seq_len={model.max_seq_len}; use train.seq_len={model.max_seq_len}, "
                 "or a model made for longer sequences"
             )
-        schedule = self.compute.pipeline.schedule(mesh, rules)
         cuts = {
             "train.grad_accum_steps": train.grad_accum_steps,
             "compute.pipeline.num_microbatches": schedule.microbatches if schedule else 1,
