@@ -94,7 +94,13 @@ def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
     from jaxgen import config
 
     if command.source == CONFIG:
-        return config.load_config(path, overrides)
+        if not (init := overrides.get("init")):
+            return config.load_config(path, overrides)
+        from jaxgen.train.origin import start_from
+
+        given = start_from(config.load_config(path), init)
+        print(f"{init}: its weights, its shape and its tokenizer take the place of {path}'s")
+        return fields.override(given, {name: v for name, v in overrides.items() if name != "init"})
     from jaxgen.serve.load import split_location
     from jaxgen.sharding import MeshConfig
 
