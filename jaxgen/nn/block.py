@@ -17,7 +17,7 @@ from jaxgen.nn.attention import attend
 from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import GatedMLP, RMSNorm
-from jaxgen.nn.lora import add_entering, add_leaving
+from jaxgen.nn.lora import BlockAdapters, add_entering, add_leaving
 from jaxgen.nn.moe import MoE
 from jaxgen.nn.product import product
 from jaxgen.nn.rope import rotate
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
             norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
             self.q_norm = RMSNorm(maker, H, **norm)
             self.k_norm = RMSNorm(maker, H, **norm)
-        self.lora: nnx.Dict | None = None
+        self.lora: BlockAdapters | None = None
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from jaxgen.nn.init import Maker
-from jaxgen.nn.lora import add_entering, add_leaving
+from jaxgen.nn.lora import BlockAdapters, add_entering, add_leaving
 from jaxgen.nn.product import product
 from jaxgen.nn.stream import enter, leave, partial_sums, stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
@@ -61,7 +61,7 @@ class GatedMLP(nnx.Module):
         self.gate = maker.normal("gate", shape_DF, axes_DF, fan_in=embed_dim)
         self.up = maker.normal("up", shape_DF, axes_DF, fan_in=embed_dim)
         self.down = maker.normal("down", (mlp_dim, embed_dim), ("mlp", "embed"), fan_in=mlp_dim)
-        self.lora: nnx.Dict | None = None
+        self.lora: BlockAdapters | None = None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to the residual stream; the sum over `mlp` is added up on leaving."""

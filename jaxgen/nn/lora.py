@@ -100,6 +100,14 @@ class LowRank(nnx.Module):
         self.b = maker.full(shape, axes, 0.0, kind=nnx.Param)
 
 
+class BlockAdapters(nnx.Module):
+    """The adapters of a block, each an attribute with the name of its weight."""
+
+    def __init__(self, pairs: dict[str, LowRank]):
+        for name, pair in pairs.items():
+            setattr(self, name, pair)
+
+
 class Adapters(nnx.Module):
     """All that is trained of a decoder under LoRA: fp32, stacked and split like its layers."""
 
@@ -115,19 +123,21 @@ class Adapters(nnx.Module):
         schedule = compute.pipeline.here(rules)
         repeats = schedule.repeats if schedule else 1
         maker = (Maker(key, rules) / "lora").stacked(model.num_layers, repeats)
-        blocks: dict[str, dict[str, LowRank]] = {}
+        pairs: dict[str, dict[str, LowRank]] = {}
         for name in config.targets:
-            block = TARGETS[name].block
-            one = LowRank(maker / block / name, TARGETS[name], config, model)
-            blocks.setdefault(block, {})[name] = one
-        self.blocks = nnx.Dict({name: nnx.Dict(block) for name, block in blocks.items()})
+            target = TARGETS[name]
+            pair = LowRank(maker / target.block / name, target, config, model)
+            pairs.setdefault(target.block, {})[name] = pair
+        self.blocks, self.targets = tuple(pairs), config.targets
+        for block, of_block in pairs.items():
+            setattr(self, block, BlockAdapters(of_block))
 
 
 def attach(model: Any, adapters: Adapters) -> Any:
-    """Returns the decoder with adapters beside its weights, which both go on to share."""
+    """Returns the decoder with adapters beside its weights, whose arrays both go on to share."""
     graph = jax.tree.map(lambda leaf: leaf, model)
-    for name, block in adapters.blocks.items():
-        getattr(graph.layers, name).lora = nnx.data(block)
+    for block in adapters.blocks:
+        getattr(graph.layers, block).lora = nnx.data(getattr(adapters, block))
     return graph
 
 
@@ -157,10 +167,10 @@ def merge(model: Any, adapters: Adapters, like: Any) -> Any:
     def cast(value, like):
         return value.astype(like.dtype)
 
-    for name, block in adapters.blocks.items():
-        for weight, pair in block.items():
-            param = getattr(getattr(graph.layers, name), weight)
-            param[...] = param[...].astype(jnp.float32) + pair.scale * _whole(pair)
+    for name in adapters.targets:
+        block = TARGETS[name].block
+        param, pair = (getattr(getattr(of, block), name) for of in (graph.layers, adapters))
+        param[...] = param[...].astype(jnp.float32) + pair.scale * _whole(pair)
     return jax.tree.map(cast, graph, like)
 
 
@@ -173,7 +183,7 @@ def _whole(pair: LowRank) -> Float[Array, "..."]:
 
 def add_entering(
     y: Float[Array, "B T *F"],
-    adapters: nnx.Dict | None,
+    adapters: BlockAdapters | None,
     name: str,
     x: Float[Array, "B T D"],
     rules: Rules,
@@ -189,9 +199,8 @@ def add_entering(
         rules: logical axis -> mesh axes.
         split: as the block is entered for this weight.
     """
-    if adapters is None or name not in adapters:
+    if (pair := getattr(adapters, name, None)) is None:
         return y
-    pair = adapters[name]
     low = pair.scale * product("BTD,Dr->BTr", x, _of_own_positions(pair.a[...], rules))
     formula = "BTr,rNH->BTNH" if y.ndim == 4 else "BTr,rF->BTF"
     return y + product(formula, enter(low, rules, split), pair.b[...])
@@ -199,7 +208,7 @@ def add_entering(
 
 def add_leaving(
     y: Float[Array, "B T D"],
-    adapters: nnx.Dict | None,
+    adapters: BlockAdapters | None,
     name: str,
     x: Float[Array, "B T *F"],
     rules: Rules,
@@ -215,9 +224,8 @@ def add_leaving(
         rules: logical axis -> mesh axes.
         split: the logical axis of its inputs.
     """
-    if adapters is None or name not in adapters:
+    if (pair := getattr(adapters, name, None)) is None:
         return y
-    pair = adapters[name]
     formula = "BTNh,Nhr->BTr" if x.ndim == 4 else "BTF,Fr->BTr"
     low = product(formula, x, pair.a[...], partial_sums(rules, split))
     low = pair.scale * leave(low, rules)
