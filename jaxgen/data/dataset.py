@@ -18,6 +18,7 @@ from jaxgen.data.rows import FORMAT, Manifest, PackedRows
 from jaxgen.data.sources import File, ReadReport, Source
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
+from jaxgen.progress import progress
 
 # BPE is trained on this many characters: 8,192 tokens of Python code take 2 to 4 s on two cores.
 _BPE_SAMPLE_CHARS = 10_000_000
@@ -220,23 +221,11 @@ def _pack(
 def _with_progress(
     texts: Iterator[str], report: ReadReport, name: str, total_bytes: int
 ) -> Iterator[str]:
-    """Passes documents on under a progress bar on a terminal's standard error."""
-    if not sys.stderr.isatty():
-        yield from texts
-        return
-    import rich.console
-    import rich.progress
-
-    columns = (
-        *rich.progress.Progress.get_default_columns(),
-        rich.progress.DownloadColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"packing {name}", total=total_bytes)
+    """Passes documents on under a progress bar."""
+    with progress(f"packing {name}", total_bytes) as show:
         for text in texts:
             yield text
-            progress.update(task, completed=report.bytes_read)
+            show(report.bytes_read)
 
 
 @contextmanager

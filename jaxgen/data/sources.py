@@ -132,6 +132,41 @@ def read_bytes(url: str) -> bytes:
         return file.read()
 
 
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Returns bytes `start` to `stop` of a file at any location; fewer where it ends before.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs.cat_file(path, start=start, end=stop)
+
+
+def size(url: str) -> int:
+    """Returns how many bytes a file at any location has.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs.size(path)
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing is below a location, which need not be there."""
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return not fs.exists(path) or (fs.isdir(path) and not fs.ls(path, detail=False))
+
+
 def exists(url: str) -> bool:
     """Whether there is a file at a location."""
     with _advice(url):
@@ -153,6 +188,22 @@ def write_bytes(url: str, content: bytes) -> None:
         fs, path = fsspec.core.url_to_fs(url)
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path, content)
+
+
+@contextmanager
+def writing(url: str) -> Iterator[IO[bytes]]:
+    """Yields a file at any location to write into, and makes its folder.
+
+    Raises:
+        UserError: the location cannot be written.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with fs.open(path, "wb") as file:
+            yield file
 
 
 def _list_stdlib() -> list[File]:

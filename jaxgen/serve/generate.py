@@ -160,8 +160,9 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig | Sequence[SamplingConfig],
+    stop_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Returns the text that follows each prompt, up to the tokenizer's end of text.
+    """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
 
     Raises:
         UserError: as `Generator`, or the tokenizer has tokens that the model has not.
@@ -169,7 +170,8 @@ def generate_text(
     generator = model if isinstance(model, Generator) else Generator(model)
     check_vocab(tokenizer, generator.model.config.vocab_size)
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return [tokenizer.decode(row) for row in generator(ids, sampling, [tokenizer.eos_id])]
+    stops = list(dict.fromkeys([*stop_ids, tokenizer.eos_id]))
+    return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
