@@ -69,6 +69,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("bfloat16", "float16", "float32"),
         "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored)",
     },
+    "--adapter": {
+        "action": "store_true",
+        "help": "write what a run with lora has trained as an adapter for peft, not merged",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
 
@@ -173,6 +177,9 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     (location,) = args.outputs
     if jax.process_index() == 0:
         check_empty(location)
+    if args.adapter:
+        open_model(args.source).write_adapter(location)
+        return
     model, _ = load_model(args.source, config, make_mesh(config.mesh))
     open_model(args.source).write(location, model, args.dtype)
 
@@ -239,7 +246,7 @@ COMMANDS = {
         "Writes a model as a Hugging Face folder.",
         _convert_to_hf,
         MODEL,
-        ("--dtype",),
+        ("--dtype", "--adapter"),
         outputs=(DIR,),
     ),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),

@@ -3,29 +3,34 @@
 import abc
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from jaxgen import config as run_config
 from jaxgen.checkpoint import address
 from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.checkpoint.record import Record
+from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.config import CHECKPOINTS, TOKENIZER, ServeConfig, TrainConfig
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.formats import folder, safetensors
+from jaxgen.formats import folder, peft, safetensors
 from jaxgen.formats.families import Family, family_for, family_of
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.lora import Adapters, merge
 from jaxgen.nn.schedule import Pipeline
-from jaxgen.sharding import MeshConfig, Rules, abstract
+from jaxgen.sharding import MeshConfig, Rules, abstract, make_mesh
 
 # What a Hugging Face folder may hold beside its weights and its config.
 _SMALL_FILES = (
@@ -40,6 +45,8 @@ _SMALL_FILES = (
     "chat_template.json",
     folder.GENERATION,
 )
+# Of a file, from its end: other weights of the same shapes differ there, too.
+_TAIL_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,16 @@ class Pretrained(abc.ABC):
     def generation(self) -> GenerationDefaults:
         """How its makers would have it write."""
 
+    @property
+    @abc.abstractmethod
+    def exact_location(self) -> str:
+        """Where the same weights will be, whatever else is added there."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Changes with the files of the weights, of which it reads little."""
+
     @abc.abstractmethod
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the weights in the shapes, dtypes and shardings of an abstract model.
@@ -107,6 +124,14 @@ class Pretrained(abc.ABC):
             model: what `read` returned.
             dtype: float32, bfloat16 or float16; None for `stored_dtype`.
         """
+
+    def write_adapter(self, location: str) -> None:
+        """Writes the adapters of a run with `lora` as a folder that `peft` loads.
+
+        Raises:
+            UserError: there are none, or none that the family's tensors have a place for.
+        """
+        raise UserError(f"{self.location} has no adapters; leave --adapter out")
 
     def tokenizer(self) -> Tokenizer:
         """Returns its tokenizer."""
@@ -132,7 +157,23 @@ def open_model(location: str | os.PathLike) -> Pretrained:
     given = _read_json(f"{text}/{run_config.FILE_NAME}")
     if given and ("architectures" in given or "model_type" in given):
         return _Folder(text, given)
-    return _Run(text)
+    run = _Run(text)
+    return run if run.run.lora is None else _Tuned(text)
+
+
+def open_noted(note: Mapping[str, str]) -> Pretrained:
+    """Returns the weights that a run started from, as its checkpoints note them.
+
+    Raises:
+        UserError: they are not there any more, or others are.
+    """
+    origin = open_model(note["location"])
+    if origin.fingerprint != note["fingerprint"]:
+        raise UserError(
+            f"{note['location']} is not what it was when the run began: its fingerprint is "
+            f"{origin.fingerprint} and was {note['fingerprint']}; restore it, or start another run"
+        )
+    return origin
 
 
 def load_model(
@@ -210,6 +251,20 @@ class _Run(Pretrained):
         self.run = run_config.read_config(self.run_dir)
         self.config, self.compute, self.rules = self.run.model, self.run.compute, self.run.rules
         self.tokenizer_location = str(self.run_dir / TOKENIZER)
+        self.checkpoints = CheckpointManager(self.run_dir / CHECKPOINTS)
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """Of the checkpoint whose model is read."""
+        return self.checkpoints.find(self.step, only="model")
+
+    @property
+    def exact_location(self) -> str:
+        return str(self.checkpoints.folder(self.record.step))
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(repr(self.record).encode())
 
     @property
     def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
@@ -220,8 +275,7 @@ class _Run(Pretrained):
         return GenerationDefaults((self.tokenizer().eos_id,))
 
     def read(self, abstract_model: Decoder) -> Decoder:
-        with CheckpointManager(self.run_dir / CHECKPOINTS) as checkpoints:
-            return checkpoints.restore(abstract_model, step=self.step, only="model").state
+        return self.checkpoints.restore(abstract_model, self.record.step, only="model").state
 
     def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
         family, given = family_for(self.config)
@@ -233,6 +287,56 @@ class _Run(Pretrained):
             dtype=dtype or self.stored_dtype,
             tokenizer=self.tokenizer(),
         )
+
+
+class _Tuned(_Run):
+    """A run of adapters: the weights that it started from, with the adapters merged into them."""
+
+    @functools.cached_property
+    def base(self) -> Pretrained:
+        """What the adapters stand beside."""
+        return open_noted(self.record.metadata["init"])
+
+    @property
+    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        return self.base.stored_dtype
+
+    @property
+    def generation(self) -> GenerationDefaults:
+        return self.base.generation
+
+    def read(self, abstract_model: Decoder) -> Decoder:
+        mesh = next(filter(None, map(mesh_of, jax.tree.leaves(abstract_model))))
+        adapters = self._adapters(mesh, abstract_model.rules)
+        dtype = jnp.dtype(self.base.dtype)
+        stored = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), abstract_model)
+        with jax.set_mesh(mesh):
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model)
+            dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract_model)
+            merged = jax.jit(
+                lambda model, adapters: merge(model, adapters, dtypes),
+                out_shardings=shardings,
+                donate_argnums=0,
+            )
+            return merged(self.base.read(stored), adapters)
+
+    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
+        self.base.write(location, model, dtype)
+
+    def write_adapter(self, location: str) -> None:
+        family = getattr(self.base, "family", None) or family_for(self.config)[0]
+        whole = Rules(**dict.fromkeys(name for name, _ in Rules().items()))
+        adapters = self._adapters(make_mesh(), whole)
+        assert self.run.lora is not None
+        peft.write_adapter(location, family, self.run.lora, adapters, self.base.location)
+
+    def _adapters(self, mesh: Mesh, rules: Rules) -> Adapters:
+        def make() -> Adapters:
+            assert self.run.lora is not None
+            key, compute = jax.random.key(0), ComputeConfig()
+            return Adapters(self.run.lora, self.config, key=key, compute=compute, rules=rules)
+
+        return self.checkpoints.restore(abstract(make, mesh), self.record.step, only="model").state
 
 
 class _Folder(Pretrained):
@@ -248,6 +352,19 @@ class _Folder(Pretrained):
     def stored(self) -> dict[str, safetensors.Stored]:
         """The tensors of its files, whose headers are read here."""
         return safetensors.open_folder(self.location)
+
+    @property
+    def exact_location(self) -> str:
+        return self.location if "://" in self.location else os.path.abspath(self.location)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the config, and of each file's header, size and last bytes."""
+        parts = [json.dumps(self.given, sort_keys=True), repr(self.stored)]
+        for url in sorted({tensor.url for tensor in self.stored.values()}):
+            size = sources.size(url)
+            parts.append(f"{size} {sources.read_range(url, max(0, size - _TAIL_BYTES), size)!r}")
+        return _hash("\n".join(parts).encode())
 
     @functools.cached_property
     def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
@@ -289,6 +406,10 @@ class _Folder(Pretrained):
             given = {**self.given, key: dtype}
             content = (json.dumps(given, indent=2) + "\n").encode()
         sources.write_bytes(f"{location}/{folder.CONFIG}", content)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _read_json(url: str) -> dict[str, Any] | None:

@@ -154,24 +154,22 @@ def freeze(model: Any, dtype: Any) -> Any:
     return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
-def merge(model: Any, adapters: Adapters, like: Any) -> Any:
-    """Returns the decoder with W + (alpha / rank) A B for its weights, summed in fp32.
+def merge(model: Any, adapters: Adapters, dtypes: Any) -> Any:
+    """Returns the decoder with W + (alpha / rank) A B for its weights W, summed in fp32.
+
+    Both have their layers in one dimension.
 
     Args:
-        model: with its layers in one dimension, as the adapters have theirs.
-        adapters: those to merge.
-        like: the same decoder, abstract: the dtypes of the result.
+        model: the decoder.
+        adapters: what is added to it.
+        dtypes: of the result, as a tree of the decoder.
     """
     graph = jax.tree.map(lambda leaf: leaf, model)
-
-    def cast(value, like):
-        return value.astype(like.dtype)
-
     for name in adapters.targets:
         block = TARGETS[name].block
         param, pair = (getattr(getattr(of, block), name) for of in (graph.layers, adapters))
         param[...] = param[...].astype(jnp.float32) + pair.scale * _whole(pair)
-    return jax.tree.map(cast, graph, like)
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), graph, dtypes)
 
 
 def _whole(pair: LowRank) -> Float[Array, "..."]:
@@ -227,9 +225,9 @@ def add_leaving(
     if (pair := getattr(adapters, name, None)) is None:
         return y
     formula = "BTNh,Nhr->BTr" if x.ndim == 4 else "BTF,Fr->BTr"
-    low = product(formula, x, pair.a[...], partial_sums(rules, split))
-    low = pair.scale * leave(low, rules)
-    return y + product("BTr,rD->BTD", low, _of_own_positions(pair.b[...], rules))
+    low = leave(product(formula, x, pair.a[...], partial_sums(rules, split)), rules)
+    # Scaled here and not before: the partitioner must see how dy is split before it meets `low`.
+    return y + pair.scale * product("BTr,rD->BTD", low, _of_own_positions(pair.b[...], rules))
 
 
 def _of_own_positions(w: jax.Array, rules: Rules) -> jax.Array:

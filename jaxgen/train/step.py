@@ -39,8 +39,8 @@ class TrainState:
     """Steps skipped so far, int32 []."""
     skipped_in_row: Any
     """Steps skipped since the last one that was applied, int32 []."""
-    base: Decoder | None = None
-    """The frozen model below the adapters, in the compute dtype; None if all of it is trained."""
+    base: Any = None
+    """The frozen Decoder beside adapters, in the compute dtype; None if all of it is trained."""
 
     @property
     def decoder(self) -> Decoder:

@@ -9,15 +9,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from small_runs import GEMMA, LLAMA, ONE, config_of, max_relative, on_host, run_config
 
-from jaxgen import cli, parity
+from jaxgen import parity
+from jaxgen.checkpoint import record
 from jaxgen.checkpoint.manager import CheckpointConfig, CheckpointManager
-from jaxgen.config import CHECKPOINTS, TrainConfig
+from jaxgen.config import CHECKPOINTS
 from jaxgen.errors import UserError
-from jaxgen.fields import to_json
 from jaxgen.models.config import ComputeConfig
-from jaxgen.nn.lora import LoRAConfig, merge
+from jaxgen.nn.lora import LoRAConfig
 from jaxgen.nn.schedule import Pipeline
 from jaxgen.pretrained import open_model
 from jaxgen.sharding import MeshConfig, make_mesh
@@ -290,14 +291,18 @@ def test_a_resumed_run_has_the_same_base_and_adapters(changes, message, half_way
 
 
 def test_a_base_that_has_changed_is_refused(half_way, lora_config, base):
-    record = base / CHECKPOINTS / f"{STEPS:08d}" / "jaxgen.json"
-    text = record.read_text()
-    record.write_text(text.replace(" ", "  "))
+    folder = epath.Path(base / CHECKPOINTS / f"{STEPS:08d}")
+    before = (folder / record.RECORD).read_bytes()
+    found = record.read(folder)
+    (folder / record.RECORD).unlink()
+    record.write(folder, dataclasses.replace(found, metadata=found.metadata | {"data": "other"}))
     try:
-        with pytest.raises(UserError, match=r"is not what it was when the run began .*; restore"):
+        with pytest.raises(UserError, match=r"is not what it was when the run began: .*; restore"):
             train(lora_config, half_way, mesh_of(lora_config))
+        with pytest.raises(UserError, match="is not what it was"):
+            open_model(half_way).read(abstract_state(lora_config, mesh_of(lora_config)).base)
     finally:
-        record.write_text(text)
+        (folder / record.RECORD).write_bytes(before)
 
 
 @pytest.mark.parametrize(
