@@ -20,6 +20,7 @@ from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig
 from jaxgen.nn.lora import LoRAConfig
 from jaxgen.nn.schedule import Pipeline
+from jaxgen.nn.stack import Remat
 from jaxgen.pretrained import open_model
 from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.evaluate import EvalConfig
@@ -37,9 +38,12 @@ def mesh_of(config):
     return make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.sizes.values())])
 
 
-# A mesh, and the model on it: a config of `parity`.
+# Without rematerialisation, what the backward pass reads was split long before.
+KEPT = dataclasses.replace(
+    parity.DENSE, compute=dataclasses.replace(parity.DENSE.compute, remat=Remat.nothing())
+)
 MESHES = {
-    "data2_fsdp2_tensor2": (parity.DENSE, SPLIT),
+    "data2_fsdp2_tensor2": (KEPT, SPLIT),
     "fsdp2_context2_tensor2": (parity.DENSE, MeshConfig(fsdp=2, context=2, tensor=2)),
     "pipeline2_tensor2_data2": (parity.DENSE, MeshConfig(fsdp=1, pipeline=2, tensor=2, data=2)),
     "expert2_tensor2_data2": (parity.MOE, MeshConfig(fsdp=1, expert=2, tensor=2, data=2)),
