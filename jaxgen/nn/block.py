@@ -79,9 +79,13 @@ class Attention(nnx.Module):
             self.k_bias = maker.full((K, H), ("kv_heads", None), 0.0)
             self.v_bias = maker.full((K, H), ("kv_heads", None), 0.0)
         if config.qk_norm:
-            norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
-            self.q_norm = RMSNorm(maker, H, **norm)
-            self.k_norm = RMSNorm(maker, H, **norm)
+            norm: dict[str, Any] = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
+            if config.qk_norm == "all":
+                self.q_norm = RMSNorm(maker, N, H, **norm, axes=("heads", None))
+                self.k_norm = RMSNorm(maker, K, H, **norm, axes=("kv_heads", None))
+            else:
+                self.q_norm = RMSNorm(maker, H, **norm)
+                self.k_norm = RMSNorm(maker, H, **norm)
         self.lora: BlockAdapters | None = None
 
     def __call__(
