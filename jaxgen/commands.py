@@ -17,6 +17,7 @@ from jaxgen.errors import UserError
 
 CONFIG = "CONFIG"
 MODEL = "MODEL"
+FILE = "FILE"
 DIR = "DIR"
 
 
@@ -39,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "MODEL",
         "help": "a run directory such as runs/tiny, a checkpoint of one, or a Hugging Face folder",
     },
+    FILE: {"metavar": "FILE", "help": "a GGUF file on this machine"},
     DIR: {"metavar": "DIR", "help": "the folder to write, new or empty"},
     "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
     "--run-dir": {
@@ -50,6 +52,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "metavar": "TEXT",
         "help": "texts to continue, together in one batch (default: standard input)",
+    },
+    "--chat": {
+        "action": "store_true",
+        "help": "each prompt is a user's message; the model's chat template makes a text of it",
     },
     "--max-tokens": _number("N", "most new tokens per prompt", 128),
     "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
@@ -67,7 +73,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--dtype": {
         "choices": ("bfloat16", "float16", "float32"),
-        "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored)",
+        "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored, "
+        "of a GGUF file float32)",
     },
     "--adapter": {
         "action": "store_true",
@@ -84,7 +91,7 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace, Any], int | None]
     """Returns the exit code where it is not 0."""
     source: str
-    """CONFIG or MODEL; empty if there is nothing to give."""
+    """CONFIG, MODEL or FILE; empty if there is nothing to give."""
     options: tuple[str, ...]
     default: Callable[[], Any] | None = None
     """Makes the config where no source is given; None if one must be."""
@@ -100,6 +107,8 @@ class Command(NamedTuple):
 
 def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
     """Returns the config that a command was asked to run with."""
+    if command.source == FILE:
+        return fields.override(None, overrides)
     if path is None:
         assert command.default is not None
         return fields.override(command.default(), overrides)
@@ -150,8 +159,12 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     from jaxgen.serve.sampler import SamplingConfig
     from jaxgen.sharding import make_mesh
 
-    defaults = open_model(args.source).generation
-    chosen = {}
+    pretrained = open_model(args.source)
+    if args.chat:
+        from jaxgen.data.chat import template_of
+
+        template_of(pretrained.tokenizer())
+    defaults, chosen = pretrained.generation, {}
     for field in dataclasses.fields(SamplingConfig):
         for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
             if said is not None:
@@ -162,9 +175,17 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.source, config, mesh)
     with jax.set_mesh(mesh):
-        completions = generate_text(model, tokenizer, prompts, samplings, defaults.stop_ids)
+        completions = generate_text(
+            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
+        )
     for prompt, completion in zip(prompts, completions, strict=True):
-        print(prompt + completion)
+        print(completion if args.chat else prompt + completion)
+
+
+def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.formats.gguf import convert
+
+    print(convert(args.source, args.outputs[0], args.dtype or "float32"))
 
 
 def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
@@ -238,10 +259,17 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "convert from-gguf": Command(
+        "Writes a GGUF file as a Hugging Face folder.",
+        _convert_from_gguf,
+        FILE,
+        ("--dtype",),
+        outputs=(DIR,),
+    ),
     "convert to-hf": Command(
         "Writes a model as a Hugging Face folder.",
         _convert_to_hf,
