@@ -142,7 +142,8 @@ def _begin(
     """Returns the newest state of the run, or a fresh one, the steps it has done, and a note of the
     weights that it started from."""
     if checkpoints.latest_step() is None:
-        return make_state(config, mesh, origin), 0, origin and note_of(origin)
+        note = note_of(origin) if origin else None
+        return make_state(config, mesh, origin), 0, note
     state, step, about = checkpoints.restore(stored_state(config, mesh).saved())
     check_same_origin(config, about, checkpoints.directory)
     _check_same_data(config, about, packed.fingerprint, checkpoints)

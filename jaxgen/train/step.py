@@ -27,8 +27,8 @@ class TrainState:
     A pytree whose leaves are arrays, or their shapes or shardings: so no field says jax.Array.
     """
 
-    model: Decoder | Adapters
-    """What is trained, in fp32."""
+    model: Any
+    """What is trained, in fp32: a Decoder, or the Adapters of a frozen one."""
     opt_state: Any
     """optax's moments, sharded like their parameters."""
     step: Any
@@ -60,7 +60,8 @@ def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
 
 def first_state(config: "TrainConfig", key: jax.Array, decoder: Decoder) -> TrainState:
     """Returns the state before the first step of a run that begins with these weights."""
-    compute, model, base = config.compute, decoder, None
+    compute, base = config.compute, None
+    model: Any = decoder
     if config.lora is not None:
         base = freeze(decoder, jnp.dtype(compute.dtype))
         model = Adapters(config.lora, config.model, key=key, compute=compute, rules=config.rules)
