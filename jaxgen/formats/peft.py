@@ -32,13 +32,11 @@ def write_adapter(
     Raises:
         UserError: the family has two of their weights in one tensor.
     """
+    blocks = {name: TARGETS[name].block for name in config.targets}
+    weights = {name: _weight_of(family, f"layers/{blocks[name]}/{name}") for name in blocks}
     arrays: dict[str, np.ndarray] = {}
-    modules = []
-    for name in config.targets:
-        block = TARGETS[name].block
-        weight = _weight_of(family, f"layers/{block}/{name}")
-        modules.append(weight.removesuffix(".weight").rpartition(".")[2])
-        pair = getattr(getattr(adapters, block), name)
+    for name, weight in weights.items():
+        pair = getattr(getattr(adapters, blocks[name]), name)
         # Theirs are [outputs, inputs] of each product, a tensor a layer.
         a, b = (np.asarray(jax.device_get(param[...])) for param in (pair.a, pair.b))
         num_layers, rank = len(a), config.rank
@@ -64,7 +62,7 @@ def write_adapter(
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(modules),
+        "target_modules": sorted(weight.split(".")[-2] for weight in weights.values()),
         "inference_mode": True,
     }
     sources.write_bytes(f"{folder}/{CONFIG}", (json.dumps(given, indent=2) + "\n").encode())

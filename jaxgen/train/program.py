@@ -17,6 +17,7 @@ from jaxgen.data.loader import Batch
 from jaxgen.models.decoder import Decoder
 from jaxgen.sharding import abstract
 from jaxgen.train.evaluate import evaluate_batch
+from jaxgen.train.origin import open_origin
 from jaxgen.train.step import TrainState, first_state, init_state, train_step
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def make_state(config: "TrainConfig", mesh: Mesh, origin: "Pretrained | None" = 
     Args:
         config: the run.
         mesh: what to run on.
-        origin: what `config.init` names, see `origin.open_origin`; None draws all weights.
+        origin: what `config.init` names, if it is open already.
 
     Raises:
         UserError: a dimension does not divide into its shards, or weights cannot be read.
@@ -107,6 +108,7 @@ def make_state(config: "TrainConfig", mesh: Mesh, origin: "Pretrained | None" = 
     with jax.set_mesh(mesh):
         key = jax.random.key(config.train.seed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        origin = origin or open_origin(config)
         if origin is None:
             return jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(key)
         decoder = read_decoder(config, mesh, origin)
