@@ -12,7 +12,7 @@ from jaxgen.config import ServeConfig
 from jaxgen.errors import UserError
 from jaxgen.formats import folder as module
 from jaxgen.formats import safetensors
-from jaxgen.formats.families import DENSE, Family, Tensor, family_of
+from jaxgen.formats.families import DENSE, MIXTRAL, Family, Tensor, family_of
 from jaxgen.formats.folder import read_weights, write_weights
 from jaxgen.nn.router import MoEConfig
 from jaxgen.pretrained import abstract_model, open_model
@@ -26,16 +26,6 @@ MESHES = {
     "context": MeshConfig(fsdp=2, context=2, tensor=2),
 }
 EXPERTS = {"experts": MeshConfig(fsdp=2, expert=4), "three": MeshConfig(fsdp=2, expert=2, tensor=2)}
-MOE = "model.layers.{layer}.block_sparse_moe."
-EXPERT = MOE + "experts.{expert}."
-# A Mixtral, and as a second way of writing it q, k and v in one tensor and gate and up in another.
-MIXTRAL = (
-    *(tensor for tensor in DENSE if "/mlp/" not in tensor.ours),
-    Tensor("layers/mlp/router", MOE + "gate.weight", inputs=1),
-    Tensor("layers/mlp/gate", EXPERT + "w1.weight", inputs=1),
-    Tensor("layers/mlp/up", EXPERT + "w3.weight", inputs=1),
-    Tensor("layers/mlp/down", EXPERT + "w2.weight", inputs=1),
-)
 
 
 def mesh_of(config):
@@ -118,12 +108,12 @@ def filled(config, mesh=ONE):
 
 
 def family_with(tensors):
-    return Family("TestForCausalLM", tensors, read=config_of, write=lambda config: {})
+    return Family("TestForCausalLM", "test", tensors, parts=())
 
 
 def test_experts_are_a_tensor_each_on_every_mesh(tmp_path):
     config = config_of(moe=MoEConfig(num_experts=4, num_experts_per_tok=2))
-    family, one = family_with(MIXTRAL), filled(config)
+    family, one = MIXTRAL, filled(config)
     write_weights(str(tmp_path), family, one, "float32")
     stored = safetensors.open_folder(str(tmp_path))
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"

@@ -1,7 +1,10 @@
+import contextlib
+import io
 import json
 
 import gguf
 import gguf_files as files
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +12,8 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.gguf import convert
+from jaxgen.pretrained import load_model, open_model
+from jaxgen.sharding import MeshConfig, make_mesh
 
 QUANTISED = {"attn_q": files.Q4_0, "attn_k": files.Q8_0, "ffn_down": files.Q4_0}
 
@@ -25,11 +30,24 @@ def dequantised(weights, kind):
     return gguf.dequantize(gguf.quants.quantize(weights, kind), kind)
 
 
+@contextlib.contextmanager
+def silence():
+    """Checks that nothing is said on standard error."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        yield
+    assert said.getvalue() == ""
+
+
 def converted(tmp_path, arch, *, facts=None, **options):
     """Writes and converts a model; returns its true weights, those read, and its config.json."""
     true = files.weights(arch, **options)
     files.write(tmp_path / "m.gguf", arch, files.theirs(arch, true), facts=facts)
     convert(tmp_path / "m.gguf", tmp_path / "out")
+    # Every key is known and every tensor has its place: the folder is a model.
+    with silence():
+        pretrained = open_model(tmp_path / "out")
+    load_model(pretrained, pretrained.serve_config(), make_mesh(MeshConfig(), jax.devices()[:1]))
     return true, read(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -113,6 +131,18 @@ def test_experts_come_apart(tmp_path):
     for name, weights in true.items():
         np.testing.assert_array_equal(found[name], weights, err_msg=name)
     assert (config["num_experts"], config["moe_intermediate_size"]) == (3, 96)
+
+
+def test_a_llama_with_experts_is_a_mixtral(tmp_path):
+    facts = {"llama.expert_count": 2, "llama.expert_used_count": 1}
+    true, found, config = converted(tmp_path, "llama", facts=facts, experts=2)
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (2, 1)
+    for name, weights in true.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for ours, mixtral in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            name = name.replace(ours, mixtral)
+        np.testing.assert_array_equal(found[name], weights, err_msg=name)
 
 
 def llama3_divisors(factor, low=1.0, high=4.0, length=8192):

@@ -141,6 +141,7 @@ def test_a_tensor_of_two_weights_takes_no_adapter_of_one(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_peft_computes_what_the_adapters_do(tuned, adapter, folder):
     import torch
     from peft import PeftModel
