@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Float
 
 from jaxgen.errors import UserError
-from jaxgen.nn.init import Maker, Precise
+from jaxgen.nn.init import Elementwise, Maker, Precise
 from jaxgen.nn.product import product
 from jaxgen.nn.stream import enter, leave, partial_sums
 from jaxgen.sharding import Rules, logical_to_mesh
@@ -142,14 +142,14 @@ def attach(model: Any, adapters: Adapters) -> Any:
 
 
 def freeze(model: Any, dtype: Any) -> Any:
-    """Returns the decoder with its weights in `dtype`, in which they enter their products anyway.
+    """Returns the decoder with its matrices in `dtype`, in which they enter their products anyway.
 
-    Those that are multiplied in fp32 stay in it. There are no moments and no master copy of them.
+    Norms, biases and what is multiplied in fp32 stay as they are: so nothing computes otherwise.
     """
 
     def cast(param: nnx.Param) -> nnx.Param:
-        value = param[...] if isinstance(param, Precise) else param[...].astype(dtype)
-        return type(param)(value, axes=param.axes)
+        kept = isinstance(param, Precise | Elementwise)
+        return type(param)(param[...] if kept else param[...].astype(dtype), axes=param.axes)
 
     return jax.tree.map(cast, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
