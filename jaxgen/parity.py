@@ -71,13 +71,15 @@ DENSE = TrainConfig(
     train=LoopConfig(batch_size=8, seq_len=16, z_loss=1e-3),
 )
 
-# Chosen experts, a shared one, biases that the step moves, and both losses of a router.
+# Chosen experts, a shared one, biases that the step moves, and both losses of a router; queries and
+# keys are normed over heads that several devices hold.
 MOE = dataclasses.replace(
     DENSE,
     name="moe",
     model=dataclasses.replace(
         DENSE.model,
         norms="pre",
+        qk_norm="all",
         activation="silu",
         moe=MoEConfig(
             num_experts=8,

@@ -87,7 +87,7 @@ class Pretrained(abc.ABC):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """In which the weights are kept in memory, which loses nothing."""
+        """Of the weights in memory; float32 holds every float16."""
         return "bfloat16" if self.stored_dtype == "bfloat16" else "float32"
 
     @property
@@ -377,16 +377,13 @@ class _Folder(Pretrained):
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
         said = _read_json(f"{self.location}/{folder.GENERATION}") or {}
-        stops = [*_ids(said), *_ids(self.given), self.tokenizer().eos_id]
+        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
         if not said:
-            return GenerationDefaults(tuple(dict.fromkeys(stops)))
-        draws = said.get("do_sample", False)
-        return GenerationDefaults(
-            tuple(dict.fromkeys(stops)),
-            said.get("temperature", 1.0) if draws else 0.0,
-            said.get("top_k"),
-            said.get("top_p"),
-        )
+            return GenerationDefaults(stops)
+        temperature = 0.0
+        if said.get("do_sample"):
+            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
+        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
 
     def read(self, abstract_model: Decoder) -> Decoder:
         return folder.read_weights(self.location, self.stored, self.family, abstract_model)

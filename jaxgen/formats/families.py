@@ -57,7 +57,9 @@ class Family:
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """Returns a config.json; `read` gives the model back where the family can express it."""
-        values = {"architectures": [self.architecture], "model_type": self.model_type}
+        values: dict[str, Any] = {"architectures": [self.architecture]}
+        # Null, or an architecture's own stands in, and that embedding learns nothing elsewhere.
+        values |= {"model_type": self.model_type, "pad_token_id": None}
         for part in self.parts:
             values |= part.write(config)
         return values
