@@ -64,7 +64,7 @@ def run_python(*args):
         (["bench", "collectives", "--mesh.dta", "4"], "no field --mesh.dta; did you mean --mesh.d"),
         (["bench", "collectives", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["generate", "runs/none", "--prompt", "x"], "runs/none is no model; give a run directory"),
-        (["convert"], "jaxgen convert takes to-hf"),
+        (["convert"], "jaxgen convert takes from-gguf or to-hf"),
         (["convert", "to-hf"], "jaxgen convert to-hf needs MODEL: a run directory such as"),
         (["convert", "to-hf", "runs/none"], "jaxgen convert to-hf needs DIR: the folder to write"),
         (["convert", "to-hf", "runs/none", "out"], "runs/none is no model"),
@@ -224,8 +224,9 @@ def model(tmp_path_factory):
 def test_generate_draws_as_the_model_says_unless_it_is_told(
     monkeypatch, capsys, model, argv, temperature, top_k, top_p
 ):
-    def generate_text(model, tokenizer, prompts, samplings, stop_ids):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat):
         assert (set(stop_ids), tokenizer.eos_id) == ({7, 257}, 257)
+        assert not chat
         assert [s.seed for s in samplings] == [4, 5]
         for s in samplings:
             assert (s.temperature, s.top_k, s.top_p) == (temperature, top_k, top_p)

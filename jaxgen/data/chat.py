@@ -189,6 +189,8 @@ def _answers(
         # A mark that no text can hold by chance or intent.
         mark = f"\0{uuid.uuid4()}\0"
         parts = text_of(len(messages), mark=mark).split(mark)
+        if len(parts) % 2 == 0:
+            raise UserError("the chat template leaves a {% generation %} open; correct it")
         ends = np.cumsum([len(part) for part in parts]).tolist()
         return "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
     whole, spans = text_of(len(messages)), []

@@ -16,7 +16,7 @@ from jaxgen.data.cache import build_once, default_cache_dir
 from jaxgen.data.chat import template_of
 from jaxgen.data.config import DataConfig
 from jaxgen.data.documents import ReadReport, read_conversations, read_documents
-from jaxgen.data.pack import pack_conversations, pack_documents
+from jaxgen.data.pack import encode_conversations, encode_texts, pack_documents
 from jaxgen.data.rows import FORMAT, MASKED_FORMAT, Manifest, PackedRows
 from jaxgen.data.sources import File, Source
 from jaxgen.data.tokenizer import Tokenizer
@@ -205,18 +205,21 @@ def _pack(
 ) -> pathlib.Path:
     key_of: list[Any] = [FORMAT, _identity(source, files), tokenizer.fingerprint, seq_len]
     key_of.append(config.eval_fraction)
-    read: Any = read_documents
-    pack: Any = pack_documents
     if source.kind == "chat":
         key_of += [MASKED_FORMAT, template_of(tokenizer)]
-        read, pack = read_conversations, pack_conversations
 
     def build(folder: pathlib.Path) -> None:
         report = ReadReport()
         with _timed(f"packed {source.name}"):
-            texts = read(source, files, report)
-            pack(
-                _with_progress(texts, report, source.name, sum(file.size for file in files)),
+            about = report, source.name, sum(file.size for file in files)
+            if source.kind == "chat":
+                conversations = _with_progress(read_conversations(source, files, report), *about)
+                documents = encode_conversations(conversations, tokenizer, seq_len, report)
+            else:
+                texts = _with_progress(read_documents(source, files, report), *about)
+                documents = encode_texts(texts, tokenizer)
+            pack_documents(
+                documents,
                 folder,
                 tokenizer=tokenizer,
                 seq_len=seq_len,

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -147,8 +148,62 @@ class _SplitWriter:
                 self._writer.close()
 
 
+class Document(NamedTuple):
+    """A document that is packed."""
+
+    raw: bytes
+    """Its text, which decides whether it is held out."""
+    text_bytes: int
+    """How much of the text its tokens stand for, or of a conversation those that count."""
+    tokens: np.ndarray
+    """Its ids, or of a conversation `MASKED_TOKEN`."""
+
+
+def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yields each text: begin of text (where there is one), text, end of text."""
+    waiting, size = [], 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= _ENCODE_CHARS:
+            yield from _encode(waiting, tokenizer)
+            waiting, size = [], 0
+    yield from _encode(waiting, tokenizer)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Document]:
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        raw = text.encode()
+        yield Document(raw, len(raw), ids)
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, seq_len: int, report: ReadReport
+) -> Iterator[Document]:
+    """Yields what the chat template writes of each conversation, and which tokens of it count.
+
+    One longer than a row ends with it, for what follows could not be told without it; one that is
+    left without a token that counts is left out. Both are counted in `report`.
+
+    Raises:
+        UserError: as `chat.encode_chats`.
+    """
+    left = iter(conversations)
+    for some in iter(lambda: list(itertools.islice(left, _ENCODE_CHATS)), []):
+        for text, ids, counted in encode_chats(tokenizer, some):
+            tokens = np.empty(min(len(ids), seq_len), MASKED_TOKEN)
+            tokens["id"], tokens["counted"] = ids[:seq_len], counted[:seq_len]
+            # Nothing stands before the first token from which it could be told.
+            if not tokens["counted"][1:].any():
+                report.unanswered += 1
+                continue
+            report.cut += len(ids) > seq_len
+            said = tokenizer.decode(tokens["id"][tokens["counted"]], special=True)
+            yield Document(text.encode(), len(said.encode()), tokens)
+
+
 def pack_documents(
-    texts: Iterable[str],
+    documents: Iterable[Document],
     folder: pathlib.Path,
     *,
     tokenizer: Tokenizer,
@@ -158,96 +213,14 @@ def pack_documents(
     files: int,
     report: ReadReport,
 ) -> Manifest:
-    """Encodes and packs documents into `folder`; writes the manifest last.
+    """Packs documents, all with a mask or none, into `folder`; writes the manifest last.
 
-    A document is begin of text (where the vocabulary has one), text, end of text. One longer than a
-    row is cut into rows; no other is cut. Whether a document is held out depends on its text alone,
-    so copies of it land on one side.
+    One longer than a row is cut into rows; no other is cut. Whether a document is held out depends
+    on its text alone, so copies of it land on one side.
 
     Raises:
         UserError: there is no document.
     """
-    documents = (
-        (text.encode(), len(text.encode()), ids) for text, ids in _encode(texts, tokenizer)
-    )
-    return _write(
-        documents,
-        folder,
-        format=FORMAT,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        eval_fraction=eval_fraction,
-        source=source,
-        files=files,
-        report=report,
-    )
-
-
-def pack_conversations(
-    conversations: Iterable[Conversation],
-    folder: pathlib.Path,
-    *,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    eval_fraction: float,
-    source: str,
-    files: int,
-    report: ReadReport,
-) -> Manifest:
-    """Does what `pack_documents` does, with a mask of the tokens that count.
-
-    A conversation is what the chat template writes, and nothing else. One longer than a row ends
-    with it, for what follows could not be told without it; one that is left without a token that
-    counts is left out. Both are counted in `report`.
-
-    Raises:
-        UserError: there is no conversation, or as `chat.encode_chats`.
-    """
-
-    def encode() -> Iterator[_Document]:
-        left = iter(conversations)
-        for some in iter(lambda: list(itertools.islice(left, _ENCODE_CHATS)), []):
-            for text, ids, counted in encode_chats(tokenizer, some):
-                report.cut += len(ids) > seq_len
-                tokens = np.empty(min(len(ids), seq_len), MASKED_TOKEN)
-                tokens["id"], tokens["counted"] = ids[:seq_len], counted[:seq_len]
-                # Nothing stands before the first token from which it could be told.
-                if not tokens["counted"][1:].any():
-                    report.unanswered += 1
-                    continue
-                said = tokenizer.decode(tokens["id"][tokens["counted"]], special=True)
-                yield text.encode(), len(said.encode()), tokens
-
-    return _write(
-        encode(),
-        folder,
-        format=MASKED_FORMAT,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        eval_fraction=eval_fraction,
-        source=source,
-        files=files,
-        report=report,
-    )
-
-
-_Document = tuple[bytes, int, np.ndarray]
-"""A text, how many bytes of it count, and its tokens."""
-
-
-def _write(
-    documents: Iterable[_Document],
-    folder: pathlib.Path,
-    *,
-    format: int,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    eval_fraction: float,
-    source: str,
-    files: int,
-    report: ReadReport,
-) -> Manifest:
-    """Packs encoded documents; see `pack_documents`."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     train, held_out = writers = [_SplitWriter(folder, s, seq_len, dtype) for s in SPLITS]
     block = max(1, _SPLIT_TOKENS // seq_len) * seq_len
@@ -276,9 +249,12 @@ def _write(
             f"UTF-8, {report.empty} empty, {report.unanswered} without an answer; check the data "
             "source"
         )
+    masked = any(writer.counted is not None for writer in writers)
+    for writer in writers:
+        writer.counted = (writer.counted or 0) if masked else None
     info = [writer.finish() for writer in writers]
     manifest = Manifest(
-        format=format,
+        format=MASKED_FORMAT if masked else FORMAT,
         source=source,
         files=files,
         documents=num_documents,
@@ -299,15 +275,3 @@ def _write(
     tokenizer.save(str(folder))
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
     return manifest
-
-
-def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    waiting, size = [], 0
-    for text in texts:
-        waiting.append(text)
-        size += len(text)
-        if size >= _ENCODE_CHARS:
-            yield from zip(waiting, tokenizer.encode_documents(waiting), strict=True)
-            waiting, size = [], 0
-    if waiting:
-        yield from zip(waiting, tokenizer.encode_documents(waiting), strict=True)

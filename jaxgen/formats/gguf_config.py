@@ -184,6 +184,14 @@ def _ends(facts: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys([*ids, *turns]))
 
 
+_SCALING = {"factor": "factor"}
+_YARN = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
 def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
     """Returns config.json's rope_scaling."""
     if LEFT_OUT in file.shapes:
@@ -193,11 +201,14 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"RoPE scaling {kind} is not supported; use one of linear, yarn, llama3")
-    scaling = {"rope_type": kind, "factor": file.get("rope.scaling.factor")}
-    if kind == "yarn":
-        length = file.get("rope.scaling.original_context_length")
-        scaling["original_max_position_embeddings"] = length
-    return scaling
+    file.get("rope.scaling.factor")
+    start = f"{file.architecture}.rope.scaling."
+    said = {key.removeprefix(start) for key in file.facts if key.startswith(start)}
+    names = _SCALING | (_YARN if kind == "yarn" else {})
+    if unknown := said - names.keys() - {"type", "finetuned"}:
+        raise UserError(f"{unknown.pop()} of RoPE scaling {kind} is not supported")
+    values = {names[key]: file.get(f"rope.scaling.{key}") for key in sorted(said & names.keys())}
+    return {"rope_type": kind, **values}
 
 
 def _llama3_scaling(file: GGUFFile) -> dict[str, Any]:

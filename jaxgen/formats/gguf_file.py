@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import gguf
 import numpy as np
 
 from jaxgen.errors import UserError
@@ -29,6 +28,13 @@ class GGUFFile:
         if "://" in path:
             raise UserError(f"{path} is a URL; GGUF files are read in place, so copy it here first")
         try:
+            import gguf
+        except ImportError:
+            raise UserError(
+                f"{path} needs gguf to be read; install it with: pip install 'jaxgen[gguf]'"
+            ) from None
+        self._dequantize = gguf.dequantize
+        try:
             reader = gguf.GGUFReader(path)
             self.facts = {key: field.contents() for key, field in reader.fields.items()}
         except FileNotFoundError:
@@ -37,6 +43,11 @@ class GGUFFile:
             raise UserError(
                 f"{path} is not a GGUF file, or is cut short ({error}); download it again"
             ) from None
+        if (count := self.facts.get("split.count", 1)) > 1:
+            raise UserError(
+                f"{path} is one of {count} files of a model; join them with llama.cpp's "
+                "llama-gguf-split --merge"
+            )
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.shapes = {
             name: tuple(int(size) for size in reversed(tensor.shape))
@@ -76,7 +87,7 @@ class GGUFFile:
         tensor = self._tensors[name]
         data = tensor.data if expert is None else tensor.data[expert]
         try:
-            return gguf.dequantize(data, tensor.tensor_type)
+            return self._dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise UserError(
                 f"tensor {name} is quantised as {tensor.tensor_type.name}, which is not "

@@ -51,12 +51,10 @@ def test_conversations_read_as_their_models_know_them():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_transformers_writes_the_same(name):
+def test_transformers_writes_the_same(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=chats.model(), bos_token="<s>", eos_token="</s>"
-    )
-    theirs.chat_template = TEMPLATES[name]
+    tokenizer(name).save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for messages, tools in chats.CONVERSATIONS[name]:
         for prompt in (False, True):
             assert text_of(name, messages, prompt=prompt, tools=tools) == (
@@ -128,6 +126,12 @@ def test_a_template_that_rewrites_what_was_said_is_refused():
     # A prompt that does not lead to the answer is no better.
     with pytest.raises(UserError, match="does not write message 2"):
         encode_chat(tokenizer(forgets.replace("assistant: {% endif %}", "A: {% endif %}")), turns)
+
+
+def test_a_mark_that_is_lost_is_noticed():
+    cut = "{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}"
+    with pytest.raises(UserError, match=r"leaves a \{% generation %\} open"):
+        encode_chat(tokenizer(cut + "{{ x[:50] }}"), TURNS)
 
 
 @pytest.mark.parametrize(

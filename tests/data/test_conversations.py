@@ -74,7 +74,7 @@ def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind):
     assert {tuple(ids): counted for ids, counted in train + held_out} == expected
     assert len(train) + len(held_out) == len(expected)
     assert 2 <= len(held_out) <= 20
-    assert (manifest.documents, manifest.cut, manifest.unanswered) == (41, 2, 1)
+    assert (manifest.documents, manifest.cut, manifest.unanswered) == (41, 1, 1)
     assert manifest.format == rows.MASKED_FORMAT
     for info, its in ((manifest.train, train), (manifest.eval, held_out)):
         assert info.tokens == sum(len(ids) for ids, _ in its)
@@ -82,7 +82,7 @@ def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind):
         said = [np.asarray(ids)[np.asarray(counted)] for ids, counted in its]
         assert info.text_bytes == sum(len(found.decode(x, special=True).encode()) for x in said)
     text = pack(packed.config, SEQ_LEN)
-    assert "2 longer than a row, which end with it; left out 1 without an answer in it" in text
+    assert "1 longer than a row, which end with it; left out 1 without an answer in it" in text
     assert f"{manifest.train.counted:,} of them count" in text
 
 

@@ -5,7 +5,8 @@ import pytest
 import tokenizers
 from corpus import texts
 
-from jaxgen.data.tokenizer import EOS, TextStream, Tokenizer, check_vocab
+from jaxgen.data.text_stream import TextStream
+from jaxgen.data.tokenizer import EOS, Tokenizer, check_vocab
 from jaxgen.errors import UserError
 
 TEXT = "def f(x):\n\treturn 'é漢字😀' + \u00a0x  # \x00\r\n" + EOS + " \ufffd end"

@@ -94,7 +94,14 @@ def test_a_llama_is_what_it_was_before(tmp_path):
 
 
 def test_qwen_has_biases_and_a_head_and_rows_in_order(tmp_path):
-    true, found, config = converted(tmp_path, "qwen2", bias=True, head=True)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    facts = {f"qwen2.rope.scaling.{key}": value for key, value in yarn.items()}
+    true, found, config = converted(tmp_path, "qwen2", facts=facts, bias=True, head=True)
+    assert config["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     assert not config["tie_word_embeddings"]
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert found.keys() == true.keys()
@@ -274,6 +281,8 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
         assert not list(tmp_path.glob("*.partial"))
 
     refused("does not exist")
+    with pytest.raises(UserError, match="is a URL; GGUF files are read in place"):
+        convert("gs://bucket/m.gguf", out)
     path.write_bytes(b"GG")
     refused("is not a GGUF file, or is cut short")
     path.write_text("a text that is long enough to be read as a header" * 9)
@@ -293,6 +302,12 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
     refused("tensor blk.0.ssm_a.weight has no place in a LlamaForCausalLM")
     files.write(path, "llama", tensors, facts={"llama.rope.scaling.type": "longrope"})
     refused("RoPE scaling longrope is not supported; use one of linear, yarn, llama3")
+    yarn = {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}
+    yarn = {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+    files.write(path, "llama", tensors, facts=yarn)
+    refused("attn_factor of RoPE scaling yarn is not supported")
+    files.write(path, "llama", tensors, facts={"split.count": 3})
+    refused("is one of 3 files of a model; join them")
     files.write(path, "gemma2", files.theirs("gemma2", files.weights("gemma2")))
     refused("says no gemma2.attention.sliding_window")
     out.mkdir()
