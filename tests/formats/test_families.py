@@ -154,6 +154,8 @@ def test_layers_after_max_window_layers_are_local():
         ),
         ("llama_linear", {"rope_scaling": {"type": "linear"}}, "scaling linear has no factor"),
         ("llama_linear", {"hidden_size": "32"}, "hidden_size='32' is no int"),
+        ("llama_linear", {"num_attention_heads": 0}, "=0 is no int of at least 1"),
+        ("llama_linear", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type=['yarn'] is not"),
         ("llama_linear", {"architectures": ["BertModel"]}, "architecture BertModel is not supp"),
     ],
 )
@@ -180,6 +182,11 @@ def test_what_no_family_has_is_refused():
     config = dataclasses.replace(presets.LLAMA_3_1_8B, norms="post")
     with pytest.raises(UserError, match="no published architecture has all"):
         family_for(config)
+
+
+def test_a_shape_that_an_architecture_does_not_load_goes_to_the_next():
+    config = dataclasses.replace(presets.LLAMA_3_1_8B, embed_dim=4100)
+    assert family_for(config)[0].architecture == "MistralForCausalLM"
 
 
 def test_a_model_is_expressed_whatever_it_does_not_use():
