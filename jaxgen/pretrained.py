@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,18 +18,16 @@ from jaxgen import config as run_config
 from jaxgen.checkpoint import address
 from jaxgen.checkpoint.manager import CheckpointManager
 from jaxgen.checkpoint.record import Record
-from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.config import CHECKPOINTS, TOKENIZER, ServeConfig, TrainConfig
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.formats import folder, peft, safetensors
+from jaxgen.formats import folder, safetensors
 from jaxgen.formats.families import Family, family_for, family_of
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.lora import Adapters, merge
 from jaxgen.nn.schedule import Pipeline
-from jaxgen.sharding import MeshConfig, Rules, abstract, make_mesh
+from jaxgen.sharding import MeshConfig, Rules, abstract
 
 # What a Hugging Face folder may hold beside its weights and its config.
 _SMALL_FILES = (
@@ -158,7 +155,11 @@ def open_model(location: str | os.PathLike) -> Pretrained:
     if given and ("architectures" in given or "model_type" in given):
         return _Folder(text, given)
     run = _Run(text)
-    return run if run.run.lora is None else _Tuned(text)
+    if run.run.lora is None:
+        return run
+    from jaxgen.tuned import Tuned
+
+    return Tuned(run)
 
 
 def open_noted(note: Mapping[str, str]) -> Pretrained:
@@ -286,56 +287,6 @@ class _Run(Pretrained):
             dtype=dtype or self.stored_dtype,
             tokenizer=self.tokenizer(),
         )
-
-
-class _Tuned(_Run):
-    """A run of adapters: the weights that it started from, with the adapters merged into them."""
-
-    @functools.cached_property
-    def base(self) -> Pretrained:
-        """What the adapters stand beside."""
-        return open_noted(self.record.metadata["init"])
-
-    @property
-    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        return self.base.stored_dtype
-
-    @property
-    def generation(self) -> GenerationDefaults:
-        return self.base.generation
-
-    def read(self, abstract_model: Decoder) -> Decoder:
-        mesh = next(filter(None, map(mesh_of, jax.tree.leaves(abstract_model))))
-        adapters = self._adapters(mesh, abstract_model.rules)
-        dtype = jnp.dtype(self.base.dtype)
-        stored = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), abstract_model)
-        with jax.set_mesh(mesh):
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model)
-            dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract_model)
-            merged = jax.jit(
-                lambda model, adapters: merge(model, adapters, dtypes),
-                out_shardings=shardings,
-                donate_argnums=0,
-            )
-            return merged(self.base.read(stored), adapters)
-
-    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
-        self.base.write(location, model, dtype)
-
-    def write_adapter(self, location: str) -> None:
-        family = getattr(self.base, "family", None) or family_for(self.config)[0]
-        whole = Rules(**dict.fromkeys(name for name, _ in Rules().items()))
-        adapters = self._adapters(make_mesh(), whole)
-        assert self.run.lora is not None
-        peft.write_adapter(location, family, self.run.lora, adapters, self.base.location)
-
-    def _adapters(self, mesh: Mesh, rules: Rules) -> Adapters:
-        def make() -> Adapters:
-            assert self.run.lora is not None
-            key, compute = jax.random.key(0), ComputeConfig()
-            return Adapters(self.run.lora, self.config, key=key, compute=compute, rules=rules)
-
-        return self.checkpoints.restore(abstract(make, mesh), self.record.step, only="model").state
 
 
 class _Folder(Pretrained):
