@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,6 +22,7 @@ from jaxgen.train.origin import start_from
 
 pytestmark = pytest.mark.real
 
+RECIPE = Path(__file__).parents[2] / "configs" / "sft.py"
 ASKED = (
     "What is {a} plus {b}?",
     "Add {a} and {b}.",
@@ -51,7 +53,7 @@ def chats(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_few_steps_teach_it_to_answer_so(name, smollm2, chats, tmp_path):
-    config = start_from(load_config(f"configs/sft.py:{name}"), smollm2)
+    config = start_from(load_config(f"{RECIPE}:{name}"), smollm2)
     data = dataclasses.replace(
         config.data,
         sources=(Source(kind="chat", path=str(chats)),),
