@@ -86,6 +86,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored, "
         "of a GGUF file float32)",
     },
+    "--adapter": {
+        "action": "store_true",
+        "help": "write what a run with lora has trained as an adapter for peft, not merged",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
 
@@ -122,7 +126,16 @@ def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) 
     from jaxgen import config
 
     if command.source == CONFIG:
-        return config.load_config(path, overrides)
+        if "init" not in overrides:
+            return config.load_config(path, overrides)
+        from jaxgen.train.origin import start_from
+
+        rest = dict(overrides)
+        init = rest.pop("init")
+        given = start_from(config.load_config(path), init)
+        note = f"jaxgen: the model and the tokenizer of {path} give way to those of {init}"
+        print(note, file=sys.stderr)
+        return fields.override(given, rest)
     from jaxgen.pretrained import open_model
 
     args.model = open_model(path)
@@ -219,6 +232,9 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     (location,) = args.outputs
     if jax.process_index() == 0:
         check_empty(location)
+    if args.adapter:
+        args.model.write_adapter(location)
+        return
     model, _ = load_model(args.model, config, make_mesh(config.mesh))
     args.model.write(location, model, args.dtype)
 
@@ -298,7 +314,7 @@ COMMANDS = {
         "Writes a model as a Hugging Face folder.",
         _convert_to_hf,
         MODEL,
-        ("--dtype",),
+        ("--dtype", "--adapter"),
         outputs=(DIR,),
     ),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),

@@ -220,9 +220,9 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     def fill(leaf: Any) -> jax.Array:
         return place(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    model = jax.tree.map(fill, state.model)
+    model, base = jax.tree.map(fill, (state.model, state.base))
     state = jax.tree.map(lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
-    state = dataclasses.replace(state, model=model)
+    state = dataclasses.replace(state, model=model, base=base)
     sharding, losses, gradients = batch_sharding(config, mesh), [], {}
     order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):

@@ -34,7 +34,8 @@ ALLOWED = {
     "formats": BASE | {"metrics", "progress", "nn", "models", "data", "checkpoint"},
     "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
     # A trained model, wherever it is from.
-    "pretrained": BASE | {"config", "models", "nn", "data", "checkpoint", "formats"},
+    "pretrained": BASE | {"config", "models", "nn", "data", "checkpoint", "formats", "tuned"},
+    "tuned": BASE | {"models", "nn", "checkpoint", "formats", "pretrained"},
     "train": BASE
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
