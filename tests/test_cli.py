@@ -178,14 +178,12 @@ def test_a_wrong_value_in_a_config_file_is_one_line(tmp_path):
 
 def test_ctrl_c_is_one_line_and_exits_with_130(tmp_path):
     (tmp_path / "slow.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)")
-    command = [sys.executable, "-m", "jaxgen", "train", "slow.py"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
     # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
-    def heed_ctrl_c():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    with subprocess.Popen(command, **pipes, env=ENVIRON, preexec_fn=heed_ctrl_c) as process:
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    command = f"{heed}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", command, "-m", "jaxgen", "train", "slow.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=ENVIRON) as process:
         try:
             assert process.stdout.readline() == "here\n"
             start = time.perf_counter()
