@@ -25,6 +25,7 @@ _MODULES = {
     "metrics": ("MetricsConfig", "MetricWriter"),
     "models.config": ("ComputeConfig", "DecoderConfig"),
     "models.decoder": ("Decoder",),
+    "nn.lora": ("LoRAConfig",),
     "nn.rope": ("RopeScaling",),
     "nn.router": ("MoEConfig",),
     "nn.stack": ("Remat",),

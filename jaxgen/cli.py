@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jaxgen import __version__, fields
-from jaxgen.commands import COMMANDS, OPTIONS, Command, load
+from jaxgen.commands import COMMANDS, FILE, OPTIONS, Command, load
 from jaxgen.errors import UserError
 
 # The user's machine, not our bug: no permission, no space, a read-only or vanished place.
@@ -75,7 +75,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
     source, options = command.source, [*command.options, "--devices"]
     parser.usage = f"{parser.prog} {command.usage}"
     if source:
-        parser.usage += " [--field value ...]"
+        parser.usage += "" if source == FILE else " [--field value ...]"
         parser.add_argument("source", nargs="?", **OPTIONS[source])
     for output in command.outputs:
         parser.add_argument(output, nargs="?", **OPTIONS[output])
@@ -83,13 +83,14 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
         parser.add_argument(option, **OPTIONS[option])
     wants_help = "-h" in argv or "--help" in argv
     argv, overrides = _split([arg for arg in argv if arg not in ("-h", "--help")], options)
-    args = parser.parse_args(argv, argparse.Namespace(source=None))
+    args = parser.parse_args(argv, argparse.Namespace(source=None, overrides=overrides))
     args.outputs = [getattr(args, output) for output in command.outputs]
     needs_source = args.source is None and command.default is None
     if wants_help:
         print(parser.format_help())
-        if needs_source:
+        if needs_source and source != FILE:
             print(f"jaxgen {name} {source} --help shows the fields too, with their values.")
+        if needs_source:
             return 0
     elif needs_source:
         raise _needs(name, source)

@@ -17,6 +17,7 @@ from jaxgen.errors import UserError
 
 CONFIG = "CONFIG"
 MODEL = "MODEL"
+FILE = "FILE"
 DIR = "DIR"
 
 
@@ -39,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "MODEL",
         "help": "a run directory such as runs/tiny, a checkpoint of one, or a Hugging Face folder",
     },
+    FILE: {"metavar": "FILE", "help": "a GGUF file on this machine"},
     DIR: {"metavar": "DIR", "help": "the folder to write, new or empty"},
     "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
     "--run-dir": {
@@ -51,10 +53,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "TEXT",
         "help": "texts to continue, together in one batch (default: standard input)",
     },
+    "--chat": {
+        "action": "store_true",
+        "help": "each prompt is a user's message; the model's chat template makes a text of it",
+    },
     "--max-tokens": _number("N", "most new tokens per prompt", 128),
     "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
     "--top-k": _sampling("K", "sample among the K likeliest tokens; 0 for all", 0),
     "--top-p": _sampling("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--data": {
+        "metavar": "FILE.jsonl",
+        "help": "at any location: questions with choices, or texts; one JSON object a line",
+    },
+    "--limit": {"type": int, "metavar": "N", "help": "take the first N of them (default: all)"},
+    "--batch-size": {
+        "type": int,
+        "metavar": "N",
+        "help": "rows scored at once (default: by their length)",
+    },
     "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
     "--step": _number("N", "the step whose batch is shown", 0),
     "--steps": _number("N", "training steps that are timed, after two that are not", 20),
@@ -67,7 +83,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--dtype": {
         "choices": ("bfloat16", "float16", "float32"),
-        "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored)",
+        "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored, "
+        "of a GGUF file float32)",
+    },
+    "--adapter": {
+        "action": "store_true",
+        "help": "write what a run with lora has trained as an adapter for peft, not merged",
     },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
@@ -80,7 +101,7 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace, Any], int | None]
     """Returns the exit code where it is not 0."""
     source: str
-    """CONFIG or MODEL; empty if there is nothing to give."""
+    """CONFIG, MODEL or FILE; empty if there is nothing to give."""
     options: tuple[str, ...]
     default: Callable[[], Any] | None = None
     """Makes the config where no source is given; None if one must be."""
@@ -97,13 +118,24 @@ class Command(NamedTuple):
 def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     """Returns the config that a command was asked to run with; a MODEL is left in `args.model`."""
     path = args.source
+    if command.source == FILE:
+        return fields.override(None, overrides)
     if path is None:
         assert command.default is not None
         return fields.override(command.default(), overrides)
     from jaxgen import config
 
     if command.source == CONFIG:
-        return config.load_config(path, overrides)
+        if "init" not in overrides:
+            return config.load_config(path, overrides)
+        from jaxgen.train.origin import start_from
+
+        rest = dict(overrides)
+        init = rest.pop("init")
+        given = start_from(config.load_config(path), init)
+        note = f"jaxgen: the model and the tokenizer of {path} give way to those of {init}"
+        print(note, file=sys.stderr)
+        return fields.override(given, rest)
     from jaxgen.pretrained import open_model
 
     args.model = open_model(path)
@@ -139,8 +171,11 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     from jaxgen.serve.request import SamplingConfig
     from jaxgen.sharding import make_mesh
 
-    defaults = args.model.generation
-    chosen = {}
+    if args.chat:
+        from jaxgen.data.chat import template_of
+
+        template_of(args.model.tokenizer())
+    defaults, chosen = args.model.generation, {}
     for field in dataclasses.fields(SamplingConfig):
         for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
             if said is not None:
@@ -151,9 +186,40 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
     with jax.set_mesh(mesh):
-        completions = generate_text(model, tokenizer, prompts, samplings, defaults.stop_ids)
+        completions = generate_text(
+            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
+        )
     for prompt, completion in zip(prompts, completions, strict=True):
-        print(prompt + completion)
+        print(completion if args.chat else prompt + completion)
+
+
+def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.formats.gguf import convert
+
+    print(convert(args.source, args.outputs[0], args.dtype or "float32"))
+
+
+def _eval(args: argparse.Namespace, config: Any) -> None:
+    if args.data is None:
+        raise UserError(f"no data; give --data FILE.jsonl: {OPTIONS['--data']['help']}")
+    from jaxgen.eval.tasks import evaluate, read_records, table
+
+    records = read_records(args.data, args.limit)
+    _start()
+    import jax
+
+    from jaxgen.eval.score import Scorer
+    from jaxgen.pretrained import load_model
+    from jaxgen.sharding import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    model, tokenizer = load_model(args.model, config, mesh)
+    with jax.set_mesh(mesh):
+        dtype = args.overrides.get("compute.dtype")
+        scorer = Scorer(model, batch_size=args.batch_size, dtype=dtype)
+        results = evaluate(scorer, tokenizer, records)
+    if jax.process_index() == 0:
+        print(json.dumps(results) if args.json else table(results))
 
 
 def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
@@ -166,6 +232,9 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     (location,) = args.outputs
     if jax.process_index() == 0:
         check_empty(location)
+    if args.adapter:
+        args.model.write_adapter(location)
+        return
     model, _ = load_model(args.model, config, make_mesh(config.mesh))
     args.model.write(location, model, args.dtype)
 
@@ -224,15 +293,28 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "eval": Command(
+        "Measures a trained model on questions with choices, or on texts.",
+        _eval,
+        MODEL,
+        ("--data", "--limit", "--batch-size", "--json"),
+    ),
+    "convert from-gguf": Command(
+        "Writes a GGUF file as a Hugging Face folder.",
+        _convert_from_gguf,
+        FILE,
+        ("--dtype",),
+        outputs=(DIR,),
+    ),
     "convert to-hf": Command(
         "Writes a model as a Hugging Face folder.",
         _convert_to_hf,
         MODEL,
-        ("--dtype",),
+        ("--dtype", "--adapter"),
         outputs=(DIR,),
     ),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),

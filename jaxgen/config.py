@@ -21,6 +21,7 @@ from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
 from jaxgen.metrics import MetricsConfig
 from jaxgen.models.config import ComputeConfig, DecoderConfig
+from jaxgen.nn.lora import TARGETS, LoRAConfig
 from jaxgen.sharding import MeshConfig, Rules, logical_to_mesh
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig
@@ -42,6 +43,11 @@ class TrainConfig:
     """The shape of the model."""
     data: DataConfig
     """What is read, and how it becomes tokens."""
+    init: str = ""
+    """A MODEL (a run, a checkpoint, a Hugging Face folder) whose weights a fresh run starts from;
+    --init MODEL also takes its shape and its tokenizer. Empty for random ones."""
+    lora: LoRAConfig | None = None
+    """Trains adapters beside the frozen weights of init; None trains all weights."""
     mesh: MeshConfig = MeshConfig()
     """How many devices split what."""
     rules: Rules = Rules()
@@ -73,13 +79,19 @@ class TrainConfig:
                 f"compute.expert_dispatch={self.compute.expert_dispatch!r} and model.moe is None; "
                 "give the model experts, or leave it 'all_gather'"
             )
+        schedule = self.compute.pipeline.schedule(mesh, rules)
+        if schedule and self.compute.gather_once:
+            raise UserError(
+                f"compute.gather_once={self.compute.gather_once!r} in a pipeline would add up the "
+                f"gradients of all microbatches in {self.compute.dtype}; set it to None"
+            )
+        self._check_lora()
         if train.seq_len > model.max_seq_len:
             raise UserError(
                 f"train.seq_len={train.seq_len} is longer than "
                 f"model.max_seq_len={model.max_seq_len}; use train.seq_len={model.max_seq_len}, "
                 "or a model made for longer sequences"
             )
-        schedule = self.compute.pipeline.schedule(mesh, rules)
         cuts = {
             "train.grad_accum_steps": train.grad_accum_steps,
             "compute.pipeline.num_microbatches": schedule.microbatches if schedule else 1,
@@ -104,6 +116,39 @@ class TrainConfig:
                 f"train.seq_len={train.seq_len} is not divisible by {multiple}, as sequences over "
                 f"{given} need; use train.seq_len={best}, or fewer devices a sequence"
             )
+
+    def _check_lora(self) -> None:
+        """Checks that there is something to adapt, and that it can be."""
+        if self.lora is None:
+            return
+        if not self.init:
+            raise UserError(
+                "lora freezes the model and init is empty, so it would stay random; "
+                "give --init MODEL, or lora=None"
+            )
+        mlp = [name for name in self.lora.targets if TARGETS[name].block == "mlp"]
+        if mlp and self.model.moe is not None:
+            raise UserError(
+                f"lora.targets has {','.join(mlp)}, which in this model are experts and get no "
+                "adapters; use lora.targets=q,k,v,o"
+            )
+        if self.optimizer.name == "muon":
+            raise UserError(
+                "optimizer.name='muon' takes whole hidden matrices and lora trains factors of "
+                "their updates; use optimizer.name='adamw'"
+            )
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of one training step per token; see `DecoderConfig.flops_per_token`.
+
+        Under LoRA 4 for each frozen parameter in a product, whose gradient is not formed, and 6 for
+        each of an adapter.
+        """
+        flops = self.model.flops_per_token(self.train.seq_len)
+        if self.lora is None:
+            return flops
+        return flops - 2 * self.model.num_matmul_params + 6 * self.lora.num_params(self.model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,13 +71,15 @@ DENSE = TrainConfig(
     train=LoopConfig(batch_size=8, seq_len=16, z_loss=1e-3),
 )
 
-# Chosen experts, a shared one, biases that the step moves, and both losses of a router.
+# Chosen experts, a shared one, biases that the step moves, and both losses of a router; queries and
+# keys are normed over heads that several devices hold.
 MOE = dataclasses.replace(
     DENSE,
     name="moe",
     model=dataclasses.replace(
         DENSE.model,
         norms="pre",
+        qk_norm="all",
         activation="silu",
         moe=MoEConfig(
             num_experts=8,
@@ -218,9 +220,9 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     def fill(leaf: Any) -> jax.Array:
         return place(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    model = jax.tree.map(fill, state.model)
+    model, base = jax.tree.map(fill, (state.model, state.base))
     state = jax.tree.map(lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), state)
-    state = dataclasses.replace(state, model=model)
+    state = dataclasses.replace(state, model=model, base=base)
     sharding, losses, gradients = batch_sharding(config, mesh), [], {}
     order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):

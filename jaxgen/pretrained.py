@@ -3,10 +3,11 @@
 import abc
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxgen import config as run_config
 from jaxgen.checkpoint import address
 from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.checkpoint.record import Record
 from jaxgen.config import CHECKPOINTS, TOKENIZER, ServeConfig, TrainConfig
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
@@ -40,6 +42,8 @@ _SMALL_FILES = (
     "chat_template.json",
     folder.GENERATION,
 )
+# Of a file, from its end: other weights of the same shapes differ there, too.
+_TAIL_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +84,23 @@ class Pretrained(abc.ABC):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """In which the weights are kept in memory, which loses nothing."""
+        """Of the weights in memory; float32 holds every float16."""
         return "bfloat16" if self.stored_dtype == "bfloat16" else "float32"
 
     @property
     @abc.abstractmethod
     def generation(self) -> GenerationDefaults:
         """How its makers would have it write."""
+
+    @property
+    @abc.abstractmethod
+    def exact_location(self) -> str:
+        """Where the same weights will be, whatever else is added there."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Changes with the files of the weights, of which it reads little."""
 
     @abc.abstractmethod
     def read(self, abstract_model: Decoder) -> Decoder:
@@ -107,6 +121,14 @@ class Pretrained(abc.ABC):
             model: what `read` returned.
             dtype: float32, bfloat16 or float16; None for `stored_dtype`.
         """
+
+    def write_adapter(self, location: str) -> None:
+        """Writes the adapters of a run with `lora` as a folder that `peft` loads.
+
+        Raises:
+            UserError: there are none, or none that the family's tensors have a place for.
+        """
+        raise UserError(f"{self.location} has no adapters; leave --adapter out")
 
     def tokenizer(self) -> Tokenizer:
         """Returns its tokenizer."""
@@ -132,7 +154,27 @@ def open_model(location: str | os.PathLike) -> Pretrained:
     given = _read_json(f"{text}/{run_config.FILE_NAME}")
     if given and ("architectures" in given or "model_type" in given):
         return _Folder(text, given)
-    return _Run(text)
+    run = _Run(text)
+    if run.run.lora is None:
+        return run
+    from jaxgen.tuned import Tuned
+
+    return Tuned(run)
+
+
+def open_noted(note: Mapping[str, str]) -> Pretrained:
+    """Returns the weights that a run started from, as its checkpoints note them.
+
+    Raises:
+        UserError: they are not there any more, or others are.
+    """
+    origin = open_model(note["location"])
+    if origin.fingerprint != note["fingerprint"]:
+        raise UserError(
+            f"{note['location']} is not what it was when the run began: its fingerprint is "
+            f"{origin.fingerprint} and was {note['fingerprint']}; restore it, or start another run"
+        )
+    return origin
 
 
 def load_model(
@@ -209,6 +251,20 @@ class _Run(Pretrained):
         self.run = run_config.read_config(self.run_dir)
         self.config, self.compute, self.rules = self.run.model, self.run.compute, self.run.rules
         self.tokenizer_location = str(self.run_dir / TOKENIZER)
+        self.checkpoints = CheckpointManager(self.run_dir / CHECKPOINTS)
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """Of the checkpoint whose model is read."""
+        return self.checkpoints.find(self.step, only="model")
+
+    @property
+    def exact_location(self) -> str:
+        return str(self.checkpoints.folder(self.record.step))
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash(repr(self.record).encode())
 
     @property
     def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
@@ -219,8 +275,7 @@ class _Run(Pretrained):
         return GenerationDefaults((self.tokenizer().eos_id,))
 
     def read(self, abstract_model: Decoder) -> Decoder:
-        with CheckpointManager(self.run_dir / CHECKPOINTS) as checkpoints:
-            return checkpoints.restore(abstract_model, step=self.step, only="model").state
+        return self.checkpoints.restore(abstract_model, self.record.step, only="model").state
 
     def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
         family, given = family_for(self.config)
@@ -248,6 +303,19 @@ class _Folder(Pretrained):
         """The tensors of its files, whose headers are read here."""
         return safetensors.open_folder(self.location)
 
+    @property
+    def exact_location(self) -> str:
+        return self.location if "://" in self.location else os.path.abspath(self.location)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the config, and of each file's header, size and last bytes."""
+        parts = [json.dumps(self.given, sort_keys=True), repr(self.stored)]
+        for url in sorted({tensor.url for tensor in self.stored.values()}):
+            size = sources.size(url)
+            parts.append(f"{size} {sources.read_range(url, max(0, size - _TAIL_BYTES), size)!r}")
+        return _hash("\n".join(parts).encode())
+
     @functools.cached_property
     def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
         """The dtype of most bytes; float32 for float64."""
@@ -260,16 +328,13 @@ class _Folder(Pretrained):
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
         said = _read_json(f"{self.location}/{folder.GENERATION}") or {}
-        stops = [*_ids(said), *_ids(self.given), self.tokenizer().eos_id]
+        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
         if not said:
-            return GenerationDefaults(tuple(dict.fromkeys(stops)))
-        draws = said.get("do_sample", False)
-        return GenerationDefaults(
-            tuple(dict.fromkeys(stops)),
-            said.get("temperature", 1.0) if draws else 0.0,
-            said.get("top_k"),
-            said.get("top_p"),
-        )
+            return GenerationDefaults(stops)
+        temperature = 0.0
+        if said.get("do_sample"):
+            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
+        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
 
     def read(self, abstract_model: Decoder) -> Decoder:
         return folder.read_weights(self.location, self.stored, self.family, abstract_model)
@@ -288,6 +353,10 @@ class _Folder(Pretrained):
             given = {**self.given, key: dtype}
             content = (json.dumps(given, indent=2) + "\n").encode()
         sources.write_bytes(f"{location}/{folder.CONFIG}", content)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _read_json(url: str) -> dict[str, Any] | None:

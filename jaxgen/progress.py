@@ -6,16 +6,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(what: str, total: int, *, is_bytes: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yields what is called with how much is done so far; without a terminal it does nothing."""
+def progress(what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the bytes done so far; without a terminal it does nothing.
+
+    Args:
+        what: is being done.
+        total: of it.
+        in_bytes: False if it is counted in anything else.
+    """
     if not sys.stderr.isatty():
         yield lambda done: None
         return
     import rich.console
     import rich.progress
 
-    amount = rich.progress.DownloadColumn() if is_bytes else rich.progress.MofNCompleteColumn()
-    columns = (*rich.progress.Progress.get_default_columns(), amount)
+    unit = rich.progress.DownloadColumn() if in_bytes else rich.progress.MofNCompleteColumn()
+    columns = (*rich.progress.Progress.get_default_columns(), unit)
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)

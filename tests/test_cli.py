@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from formats.small_folders import write_folder
 
 from jaxgen.cli import main
 from jaxgen.commands import COMMANDS
@@ -61,7 +63,13 @@ def run_python(*args):
         (["doctor", "--mesh.fsdp", "4"], "no field --mesh.fsdp"),
         (["bench", "collectives", "--mesh.dta", "4"], "no field --mesh.dta; did you mean --mesh.d"),
         (["bench", "collectives", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["generate", "runs/none", "--prompt", "x"], "runs/none"),
+        (["generate", "runs/none", "--prompt", "x"], "runs/none is no model; give a run directory"),
+        (["convert"], "jaxgen convert takes from-gguf or to-hf"),
+        (["convert", "to-hf"], "jaxgen convert to-hf needs MODEL: a run directory such as"),
+        (["convert", "to-hf", "runs/none"], "jaxgen convert to-hf needs DIR: the folder to write"),
+        (["convert", "to-hf", "runs/none", "out"], "runs/none is no model"),
+        (["convert", "to-hf", "x", "y", "z"], "unrecognized arguments: z"),
+        (["convert", "to-hf", "x", "y", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (
             ["train", TINY, "--mesh.fsdp", "3"],
             "needs 12 devices and there are 8; use data=2 fsdp=2",
@@ -170,22 +178,19 @@ def test_a_wrong_value_in_a_config_file_is_one_line(tmp_path):
 
 def test_ctrl_c_is_one_line_and_exits_with_130(tmp_path):
     (tmp_path / "slow.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxgen", "train", "slow.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRON,
-        # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        assert process.stdout.readline() == "here\n"
-        start = time.perf_counter()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    # A shell starts what runs behind it (`make test &`) with SIGINT ignored.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    command = f"{heed}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", command, "-m", "jaxgen", "train", "slow.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=ENVIRON) as process:
+        try:
+            assert process.stdout.readline() == "here\n"
+            start = time.perf_counter()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (130, "jaxgen: interrupted\n")
     assert time.perf_counter() - start < 10
 
@@ -199,3 +204,64 @@ def test_a_closed_pipe_is_no_error():
         env=ENVIRON,
     )
     assert done.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder, whose makers draw."""
+    folder = tmp_path_factory.mktemp("model")
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 257]}
+    write_folder(folder, generation=said)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("argv", "temperature", "top_k", "top_p"),
+    [
+        ((), 0.6, 0, 0.9),
+        (("--temperature", "0"), 0, 0, 0.9),
+        (("--top-k", "5", "--top-p", "1"), 0.6, 5, 1),
+    ],
+)
+def test_generate_draws_as_the_model_says_unless_it_is_told(
+    monkeypatch, capsys, model, argv, temperature, top_k, top_p
+):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat):
+        assert (set(stop_ids), tokenizer.eos_id) == ({7, 257}, 257)
+        assert not chat
+        assert [s.seed for s in samplings] == [4, 5]
+        for s in samplings:
+            assert (s.temperature, s.top_k, s.top_p) == (temperature, top_k, top_p)
+            assert s.max_tokens == 128
+        return [prompt.upper() for prompt in prompts]
+
+    monkeypatch.setattr("jaxgen.serve.generate.generate_text", generate_text)
+    assert main(["generate", model, "--seed", "4", "--prompt", "ab", "cd", *argv]) == 0
+    assert capsys.readouterr().out == "abAB\ncdCD\n"
+
+
+def test_generate_takes_a_folder_on_a_mesh(capsys, model):
+    argv = ["generate", model, "--prompt", "hello", "--max-tokens", "8", "--mesh.tensor", "2"]
+    assert main(argv) == 0
+    drawn = capsys.readouterr().out
+    assert drawn.startswith("hello")
+    assert main([*argv, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out != drawn
+
+
+def test_convert_writes_a_folder_and_no_second_time(capsys, model, tmp_path):
+    argv = ["convert", "to-hf", model, str(tmp_path / "out")]
+    assert main([*argv, "--dtype", "bfloat16", "--mesh.tensor", "2"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert main(argv) == 2
+    assert f"{tmp_path}/out is not empty; give a new folder" in capsys.readouterr().err
+
+
+def test_help_of_a_model_shows_how_it_can_be_run(capsys, model):
+    assert main(["generate", model, "--compute.attention", "xla", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: as the model's generation_config.json says, else 0.0)" in out
+    assert "--mesh.tensor INT" in out
+    assert "[xla]" in out
+    assert "--train.steps" not in out

@@ -21,6 +21,8 @@ SHIPPED = {
     "llama3_8b.py": 16,
     "llama3_8b.py:v5p": 32,
     "mixtral_8x7b.py": 128,
+    "sft.py": 1,
+    "sft.py:lora": 1,
 }
 
 

@@ -34,13 +34,16 @@ ALLOWED = {
     "formats": BASE | {"metrics", "progress", "nn", "models", "data", "checkpoint"},
     "config": BASE | {"fields", "metrics", "models", "data", "checkpoint", "train", "nn"},
     # A trained model, wherever it is from.
-    "pretrained": BASE | {"config", "models", "nn", "data", "checkpoint", "formats"},
+    "pretrained": BASE | {"config", "models", "nn", "data", "checkpoint", "formats", "tuned"},
+    "tuned": BASE | {"models", "nn", "checkpoint", "formats", "pretrained"},
     "train": BASE
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE | {"nn", "models", "data", "progress"},
-    "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
+    "eval": BASE
+    | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
+    | {"pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}
 # All but the command line.

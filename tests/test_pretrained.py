@@ -129,6 +129,7 @@ def test_another_dtype_is_said_in_the_config(folder, mesh, tmp_path):
         ({"do_sample": False, "temperature": 0.7}, (0.0, None, None)),
         ({"temperature": 0.7, "top_p": 0.9}, (0.0, None, 0.9)),
         ({"do_sample": True}, (1.0, None, None)),
+        ({"do_sample": True, "temperature": None, "top_k": None}, (1.0, None, None)),
         ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}, (0.6, 20, 0.9)),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 
 from jaxgen.checkpoint import address, record, s3
 from jaxgen.checkpoint.errors import blame
@@ -115,6 +116,18 @@ class CheckpointManager:
             UserError: there is no such step, or none that is intact.
         """
         return self._steps.choose(step, only).metadata
+
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self._steps.folder(step)
+
+    def find(self, step: int | None = None, only: str | None = None) -> record.Record:
+        """Returns the record of `step`, or of the newest intact step, as `restore` would take it.
+
+        Raises:
+            UserError: there is no such step, or none that is intact.
+        """
+        return self._steps.choose(step, only)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> bool:
         """Starts to save `state`; returns False if this run has saved or restored that step.

@@ -2,14 +2,20 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxgen.data.chat import Conversation, encode_chats
+from jaxgen.data.documents import ReadReport
 from jaxgen.data.rows import (
     FORMAT,
+    MASKED_FORMAT,
+    MASKED_TOKEN,
     SPLITS,
     Manifest,
     ShardWriter,
@@ -19,7 +25,6 @@ from jaxgen.data.rows import (
     open_shard,
     shard_name,
 )
-from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 
@@ -29,6 +34,9 @@ _WINDOW = 1024
 
 # Documents are encoded together by this many characters, enough to keep every core busy.
 _ENCODE_CHARS = 4 << 20
+
+# Conversations are encoded together by this many.
+_ENCODE_CHATS = 1000
 
 # A document longer than this is held out, or not, in parts: one large file must have both.
 _SPLIT_TOKENS = 8192
@@ -99,11 +107,14 @@ class _SplitWriter:
         self._writer: ShardWriter | None = None
         self._digest = hashlib.sha256()
         self.rows = self.tokens = self.text_bytes = 0
+        self.counted: int | None = None
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Cuts ids into pieces of at most a row, and packs those."""
         self.tokens += len(ids)
         self.text_bytes += text_bytes
+        if ids.dtype == MASKED_TOKEN:
+            self.counted = (self.counted or 0) + int(ids["counted"].sum())
         for start in range(0, len(ids), self._seq_len):
             for row in self._packer.add(ids[start : start + self._seq_len]):
                 self._write(row)
@@ -114,7 +125,7 @@ class _SplitWriter:
         self._close()
         shards = sorted(self._folder.glob(f"{self._split}-*"))
         sizes = tuple(shard.stat().st_size for shard in shards)
-        return SplitInfo(self.rows, self.tokens, self.text_bytes, sizes)
+        return SplitInfo(self.rows, self.tokens, self.text_bytes, sizes, self.counted)
 
     def digest(self) -> bytes:
         return self._digest.digest()
@@ -137,8 +148,62 @@ class _SplitWriter:
                 self._writer.close()
 
 
+class Document(NamedTuple):
+    """A document that is packed."""
+
+    raw: bytes
+    """Its text, which decides whether it is held out."""
+    text_bytes: int
+    """How much of the text its tokens stand for, or of a conversation those that count."""
+    tokens: np.ndarray
+    """Its ids, or of a conversation `MASKED_TOKEN`."""
+
+
+def encode_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yields each text: begin of text (where there is one), text, end of text."""
+    waiting, size = [], 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= _ENCODE_CHARS:
+            yield from _encode(waiting, tokenizer)
+            waiting, size = [], 0
+    yield from _encode(waiting, tokenizer)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[Document]:
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        raw = text.encode()
+        yield Document(raw, len(raw), ids)
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, seq_len: int, report: ReadReport
+) -> Iterator[Document]:
+    """Yields what the chat template writes of each conversation, and which tokens of it count.
+
+    One longer than a row ends with it, for what follows could not be told without it; one that is
+    left without a token that counts is left out. Both are counted in `report`.
+
+    Raises:
+        UserError: as `chat.encode_chats`.
+    """
+    left = iter(conversations)
+    for some in iter(lambda: list(itertools.islice(left, _ENCODE_CHATS)), []):
+        for text, ids, counted in encode_chats(tokenizer, some):
+            tokens = np.empty(min(len(ids), seq_len), MASKED_TOKEN)
+            tokens["id"], tokens["counted"] = ids[:seq_len], counted[:seq_len]
+            # Nothing stands before the first token from which it could be told.
+            if not tokens["counted"][1:].any():
+                report.unanswered += 1
+                continue
+            report.cut += len(ids) > seq_len
+            said = tokenizer.decode(tokens["id"][tokens["counted"]], special=True)
+            yield Document(text.encode(), len(said.encode()), tokens)
+
+
 def pack_documents(
-    texts: Iterable[str],
+    documents: Iterable[Document],
     folder: pathlib.Path,
     *,
     tokenizer: Tokenizer,
@@ -148,11 +213,10 @@ def pack_documents(
     files: int,
     report: ReadReport,
 ) -> Manifest:
-    """Encodes and packs documents into `folder`; writes the manifest last.
+    """Packs documents, all with a mask or none, into `folder`; writes the manifest last.
 
-    A document is begin of text (where the vocabulary has one), text, end of text. One longer than a
-    row is cut into rows; no other is cut. Whether a document is held out depends on its text alone,
-    so copies of it land on one side.
+    One longer than a row is cut into rows; no other is cut. Whether a document is held out depends
+    on its text alone, so copies of it land on one side.
 
     Raises:
         UserError: there is no document.
@@ -160,15 +224,14 @@ def pack_documents(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     train, held_out = writers = [_SplitWriter(folder, s, seq_len, dtype) for s in SPLITS]
     block = max(1, _SPLIT_TOKENS // seq_len) * seq_len
-    documents, last = 0, None
-    for text, ids in _encode(texts, tokenizer):
-        documents += 1
-        raw = text.encode()
+    num_documents, last = 0, None
+    for raw, size, ids in documents:
+        num_documents += 1
         key = hashlib.blake2b(raw, digest_size=8).digest()
         for part, start in enumerate(range(0, len(ids), block)):
             piece = ids[start : start + block]
             done = min(start + block, len(ids))
-            num_bytes = len(raw) * done // len(ids) - len(raw) * start // len(ids)
+            num_bytes = size * done // len(ids) - size * start // len(ids)
             draw = hashlib.blake2b(key + part.to_bytes(8), digest_size=8).digest()
             if int.from_bytes(draw) < eval_fraction * 2**64:
                 held_out.add(piece, num_bytes)
@@ -180,17 +243,21 @@ def pack_documents(
     if last is not None:
         spare = eval_fraction > 0 and train.tokens > 0 and held_out.tokens == 0
         (held_out if spare else train).add(*last)
-    if documents == 0:
+    if num_documents == 0:
         raise UserError(
             f"{source} holds no text: {files} files, {report.undecodable} documents that are not "
-            f"UTF-8, {report.empty} empty; check the data source"
+            f"UTF-8, {report.empty} empty, {report.unanswered} without an answer; check the data "
+            "source"
         )
+    masked = any(writer.counted is not None for writer in writers)
+    for writer in writers:
+        writer.counted = (writer.counted or 0) if masked else None
     info = [writer.finish() for writer in writers]
     manifest = Manifest(
-        format=FORMAT,
+        format=MASKED_FORMAT if masked else FORMAT,
         source=source,
         files=files,
-        documents=documents,
+        documents=num_documents,
         undecodable=report.undecodable,
         undecodable_examples=tuple(report.undecodable_examples),
         empty=report.empty,
@@ -202,19 +269,9 @@ def pack_documents(
         train=info[0],
         eval=info[1],
         digest=hashlib.sha256(train.digest() + held_out.digest()).hexdigest(),
+        cut=report.cut,
+        unanswered=report.unanswered,
     )
     tokenizer.save(str(folder))
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2))
     return manifest
-
-
-def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    waiting, size = [], 0
-    for text in texts:
-        waiting.append(text)
-        size += len(text)
-        if size >= _ENCODE_CHARS:
-            yield from zip(waiting, tokenizer.encode_documents(waiting), strict=True)
-            waiting, size = [], 0
-    if waiting:
-        yield from zip(waiting, tokenizer.encode_documents(waiting), strict=True)

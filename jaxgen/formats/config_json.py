@@ -50,8 +50,8 @@ class Given:
         self.values, self.defaults = values, defaults
         self.keys: set[str] = set()
 
-    def get(self, key: str, kind: Any) -> Any:
-        """Returns the value of a key, which is of this type.
+    def get(self, key: str, kind: Any, least: int = 1) -> Any:
+        """Returns the value of a key, which is of this type; an int is at least `least`.
 
         Raises:
             UserError: it is not, or the key is absent and has no default.
@@ -62,8 +62,10 @@ class Given:
         value = self.values.get(key, self.defaults.get(key))
         if type(value) is int and not isinstance(value, kind):
             value = float(value)
-        if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
-            raise UserError(f"config.json: {key}={value!r} is no {getattr(kind, '__name__', kind)}")
+        small = type(value) is int and value < least
+        if small or not isinstance(value, kind) or (type(value) is bool and kind is not bool):
+            wanted = getattr(kind, "__name__", str(kind)) + f" of at least {least}" * small
+            raise UserError(f"config.json: {key}={value!r} is no {wanted}")
         return value
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from jaxgen.errors import UserError
 from jaxgen.formats import options as o
 from jaxgen.formats.config_json import Given, Part, always, same
+from jaxgen.formats.rope import ROPE, ROPE_BY_KIND, ROPE_UNSCALED
 from jaxgen.models.config import DecoderConfig
 
 
@@ -56,8 +57,14 @@ class Family:
         return DecoderConfig(**fields)
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
-        """Returns a config.json; `read` gives the model back where the family can express it."""
-        values = {"architectures": [self.architecture], "model_type": self.model_type}
+        """Returns a config.json; `read` gives the model back where the family can express it.
+
+        Raises:
+            UserError: the architecture cannot have such a shape.
+        """
+        values: dict[str, Any] = {"architectures": [self.architecture]}
+        # Null, or the architecture's own stands in, whose embedding has no gradient elsewhere.
+        values |= {"model_type": self.model_type, "pad_token_id": None}
         for part in self.parts:
             values |= part.write(config)
         return values
@@ -111,8 +118,8 @@ def _experts(block: str, **names: str) -> tuple[Tensor, ...]:
     )
 
 
-_COMMON = (*o.COMMON, o.ROPE, o.activation("hidden_act"))
-LLAMA = Family("LlamaForCausalLM", "llama", DENSE, (*_COMMON, o.MLP))
+_COMMON = (*o.COMMON, ROPE, o.activation("hidden_act"))
+LLAMA = Family("LlamaForCausalLM", "llama", DENSE, (*_COMMON, o.MLP, o.WHOLE_HEADS))
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
@@ -176,7 +183,8 @@ MIXTRAL = Family(
 
 _GEMMA = (
     *(*o.COMMON, o.MLP, o.activation("hidden_activation"), o.WINDOW_EVERY, o.SOFT_CAPS),
-    *(o.SCORE_SCALE, o.EMBED_SCALE, always(norms="pre_post", norm_plus_one=True)),
+    *(o.SCORE_SCALE, o.EMBED_SCALE, o.WHOLE_HEADS),
+    always(norms="pre_post", norm_plus_one=True),
 )
 _GEMMA_DEFAULTS = {
     "num_key_value_heads": 4,
@@ -192,7 +200,7 @@ GEMMA2 = Family(
     "Gemma2ForCausalLM",
     "gemma2",
     _GEMMA_TENSORS,
-    (*_GEMMA, o.ROPE),
+    (*_GEMMA, ROPE),
     {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
@@ -204,7 +212,7 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     "gemma3_text",
     (*_GEMMA_TENSORS, *_QK_NORM),
-    (*_GEMMA, o.ROPE_BY_KIND, always(qk_norm=True)),
+    (*_GEMMA, ROPE_BY_KIND, always(qk_norm=True)),
     {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
@@ -239,7 +247,7 @@ PHI3 = Family(
         *_fused("self_attn.qkv_proj.weight", *(f"layers/attention/{x}" for x in "qkv")),
         *_fused("mlp.gate_up_proj.weight", "layers/mlp/gate", "layers/mlp/up"),
     ),
-    (*o.COMMON, o.ROPE_UNSCALED, o.MLP, o.activation("hidden_act"), o.WINDOW),
+    (*o.COMMON, ROPE_UNSCALED, o.MLP, o.activation("hidden_act"), o.WINDOW),
     {"rms_norm_eps": 1e-5, "sliding_window": None},
 )
 
@@ -273,8 +281,8 @@ def family_for(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
         UserError: none can.
     """
     for family in FAMILIES:
-        values = family.write(config)
         try:
+            values = family.write(config)
             found = family.read(values)
         except UserError:
             continue

@@ -1,13 +1,11 @@
-"""Hugging Face folders: weights right into their shards, and out of them, without a copy between.
+"""Hugging Face folders: weights from files right into their shards, and back.
 
-Ours are stacked over layers (and experts), and a product's inputs come first; theirs are a tensor a
-layer, [outputs, inputs]. Whatever is not read from a file straight into its place goes through
-buffers of a few megabytes.
+Nothing is held twice: a tensor comes in parts of a few megabytes, each of which is turned and cast
+on its way to all shards that hold some of it.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -20,12 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxgen.checkpoint.tree import mesh_of, named_leaves
+from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
-from jaxgen.formats.families import Family, Tensor
+from jaxgen.formats.families import Family
+from jaxgen.formats.layout import Place, check, places_of, shapes_of
 from jaxgen.formats.safetensors import Spec, Stored
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
@@ -40,110 +39,6 @@ Box = tuple[tuple[int, int], ...]
 """A part of an array: from and to in every dimension."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A parameter of ours among tensors of theirs."""
-
-    tensor: Tensor
-    leaf: Any
-    """The parameter, or its shape, dtype and sharding."""
-    rows_before: int
-    """Of other parameters in the same tensors."""
-
-    @property
-    def num_stacked(self) -> int:
-        """Leading dimensions that count layers and experts."""
-        return sum(f"{{{name}}}" in self.tensor.theirs for name in ("layer", "expert"))
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return self.leaf.shape[: self.num_stacked]
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        return self.leaf.shape[self.num_stacked :][: self.tensor.inputs]
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        return self.leaf.shape[self.num_stacked + self.tensor.inputs :]
-
-    @property
-    def turned(self) -> tuple[int, ...]:
-        """The order of the dimensions in their tensors: outputs, then inputs."""
-        count = len(self.inputs)
-        return (*range(count, count + len(self.outputs)), *range(count))
-
-    def name(self, index: tuple[int, ...]) -> str:
-        """Their name of one of the stack."""
-        layer, expert = (*index, 0, 0)[:2]
-        return self.tensor.theirs.format(layer=layer, expert=expert)
-
-    def chunks(self, start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-        """Cuts a range of the first output dimension in parts of a few megabytes."""
-        one = math.prod(self.outputs[1:]) * math.prod(self.inputs) * width
-        step = max(1, _CHUNK_BYTES // one)
-        for begin in range(start, stop, step):
-            yield begin, min(begin + step, stop)
-
-
-def _places(family: Family, model: Decoder) -> list[_Place]:
-    named = dict(named_leaves(model))
-    table = {tensor.ours: tensor for tensor in family.tensors}
-    if unknown := [name for name in named if name not in table]:
-        raise UserError(f"{family.architecture} has no tensor for the parameter {unknown[0]}")
-
-    def rows(name: str) -> int:
-        return math.prod(_Place(table[name], named[name], 0).outputs)
-
-    return [
-        _Place(table[name], leaf, sum(map(rows, table[name].after))) for name, leaf in named.items()
-    ]
-
-
-def _shapes(places: list[_Place]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that files of this model hold, and its shape."""
-    rows: dict[str, int] = defaultdict(int)
-    for place in places:
-        rows[place.tensor.theirs] += math.prod(place.outputs)
-    shapes = {}
-    for place in places:
-        shape = place.outputs
-        if place.inputs:
-            shape = (rows[place.tensor.theirs], math.prod(place.inputs))
-        elif place.stack:
-            shape = (rows[place.tensor.theirs],)
-        shapes |= {place.name(index): shape for index in np.ndindex(place.stack)}
-    return shapes
-
-
-def check(folder: str, stored: Mapping[str, Stored], family: Family, model: Decoder) -> None:
-    """Checks that files hold exactly the tensors of a model, in the shapes of its config.
-
-    Raises:
-        UserError: the first tensor that is missing, of another shape, or has no place in it.
-    """
-    shapes = _shapes(_places(family, model))
-    for name, shape in shapes.items():
-        if name not in stored:
-            raise UserError(
-                f"{folder} has no tensor {name}, which is {list(shape)} by its {CONFIG}; "
-                "correct that, or copy the files again"
-            )
-        if stored[name].shape != shape:
-            raise UserError(
-                f"tensor {name} is {list(stored[name].shape)} in {folder} and {list(shape)} "
-                f"by its {CONFIG}; correct the one that is wrong"
-            )
-    # A table that is tied may be there once more, and angles are computed.
-    unused = {tensor.theirs for tensor in family.tensors if tensor.ours == "head"}
-    for name in stored:
-        if not (name in shapes or name in unused or name.endswith("rotary_emb.inv_freq")):
-            raise UserError(
-                f"tensor {name} {list(stored[name].shape)} in {folder} has no place in a "
-                f"{family.architecture} of its {CONFIG}; correct that, or remove the tensor"
-            )
-
-
 def read_weights(
     folder: str, stored: Mapping[str, Stored], family: Family, model: Decoder
 ) -> Decoder:
@@ -156,7 +51,7 @@ def read_weights(
         UserError: the files and the model disagree; then nothing has been read.
     """
     check(folder, stored, family, model)
-    places = _places(family, model)
+    places = places_of(family, model)
     total, done = sum(tensor.nbytes for tensor in stored.values()), 0
     leaves = []
     with (
@@ -179,8 +74,8 @@ def read_weights(
             arrays = []
             while buffers:
                 box, buffer = buffers.popitem()
-                # Copied on CPU too: an array that aliases a buffer cannot be donated.
-                arrays += [jax.device_put(buffer, d, may_alias=False) for d in devices[box]]
+                # On CPU these are the buffer, into which JAX does not write when they are donated.
+                arrays += [jax.device_put(buffer, device) for device in devices[box]]
                 jax.block_until_ready(arrays)
             leaves.append(jax.make_array_from_single_device_arrays(shape, sharding, arrays))
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
@@ -199,7 +94,7 @@ def _box(slices: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 class _Part(NamedTuple):
     """A range of a tensor of theirs, and the place it belongs to."""
 
-    place: _Place
+    place: Place
     stored: Stored
     index: tuple[int, ...]
     """In the stack."""
@@ -235,6 +130,14 @@ class _Part(NamedTuple):
         return flat.nbytes
 
 
+def _chunks(place: Place, start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cuts a range of the first output dimension in parts of a few megabytes."""
+    one = math.prod(place.outputs[1:]) * math.prod(place.inputs) * width
+    step = max(1, _CHUNK_BYTES // one)
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
 def _holds(box: Box, index: tuple[int, ...]) -> bool:
     return all(start <= i < stop for i, (start, stop) in zip(index, box, strict=False))
 
@@ -244,7 +147,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def _parts(place: _Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Iterator[_Part]:
+def _parts(place: Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Iterator[_Part]:
     first = place.num_stacked + len(place.inputs)
     for index in np.ndindex(place.stack):
         rows = [box[first] for box in boxes if _holds(box, index)]
@@ -252,17 +155,11 @@ def _parts(place: _Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Ite
             continue
         tensor = stored[place.name(index)]
         low, high = min(start for start, _ in rows), max(stop for _, stop in rows)
-        for start, stop in place.chunks(low, high, tensor.dtype.itemsize):
+        for start, stop in _chunks(place, low, high, tensor.dtype.itemsize):
             yield _Part(place, tensor, index, start, stop)
 
 
-def write_weights(
-    folder: str,
-    family: Family,
-    model: Decoder,
-    dtype: str,
-    max_file_bytes: int = safetensors.MAX_FILE_BYTES,
-) -> None:
+def write_weights(folder: str, family: Family, model: Decoder, dtype: str) -> None:
     """Writes the weights of a model as safetensors files, one tensor of theirs at a time.
 
     Every process calls this, and process 0 writes.
@@ -270,14 +167,15 @@ def write_weights(
     Raises:
         UserError: the family has no place for a parameter, or the folder cannot be written.
     """
-    places, kind = _places(family, model), np.dtype(jax.numpy.dtype(dtype))
+    places, kind = places_of(family, model), np.dtype(jax.numpy.dtype(dtype))
     files = safetensors.split(
-        {name: Spec(kind, shape) for name, shape in sorted(_shapes(places).items())}, max_file_bytes
+        {name: Spec(kind, shape) for name, shape in sorted(shapes_of(places).items())},
+        safetensors.MAX_FILE_BYTES,
     )
-    sources_of: dict[str, list[tuple[_Place, tuple[int, ...]]]] = defaultdict(list)
+    made_of: dict[str, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
     for place in sorted(places, key=lambda place: place.rows_before):
         for index in np.ndindex(place.stack):
-            sources_of[place.name(index)].append((place, index))
+            made_of[place.name(index)].append((place, index))
     writes = jax.process_index() == 0
     total, done = sum(spec.nbytes for specs in files.values() for spec in specs.values()), 0
     with progress(f"writing {folder}", total) as show:
@@ -287,7 +185,7 @@ def write_weights(
                 if file:
                     file.write(safetensors.make_header(specs))
                 for tensor in specs:
-                    for place, index in sources_of[tensor]:
+                    for place, index in made_of[tensor]:
                         # No name is given, so that it is gone before the next one is gathered.
                         _write_rows(file, tensor, place, _gather(place.leaf, index), kind)
                     done += specs[tensor].nbytes
@@ -296,14 +194,12 @@ def write_weights(
         sources.write_bytes(f"{folder}/{safetensors.INDEX}", safetensors.make_index(files))
 
 
-def _write_rows(file: Any, name: str, place: _Place, values: np.ndarray, dtype: np.dtype) -> None:
-    """Writes one of a stack in the order of their tensor, some rows at a time; or, without a file,
-    nothing.
-    """
+def _write_rows(file: Any, name: str, place: Place, values: np.ndarray, dtype: np.dtype) -> None:
+    """Writes one of a stack in the order of their tensor; without a file, nothing."""
     if file is None:
         return
     turned = _bits(values).transpose(place.turned)
-    for start, stop in place.chunks(0, len(turned), values.dtype.itemsize):
+    for start, stop in _chunks(place, 0, len(turned), values.dtype.itemsize):
         rows = np.ascontiguousarray(turned[start:stop]).reshape(-1).view(values.dtype)
         file.write(_cast(name, rows, dtype).view(np.uint8).data)
 
@@ -331,7 +227,7 @@ def write_folder(
     Args:
         folder: where, at any location.
         family: of the model.
-        given: its config.json; dtype and special tokens are added.
+        given: its config.json; the dtype is set, and special tokens where there are none.
         model: on any mesh; every process calls this, and process 0 writes.
         dtype: float32, bfloat16 or float16, of all weights in the files.
         tokenizer: of the model.
@@ -347,7 +243,8 @@ def write_folder(
     if generation is not None:
         _write_json(f"{folder}/{GENERATION}", generation)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    _write_json(f"{folder}/{CONFIG}", {**ends, **given, "torch_dtype": dtype})
+    said = {key: value for key, value in given.items() if value is not None or key not in ends}
+    _write_json(f"{folder}/{CONFIG}", {**ends, **said, "torch_dtype": dtype})
 
 
 def _write_json(url: str, content: Mapping[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """The options that model families share, each as config.json has it and as `DecoderConfig` does."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jaxgen.errors import UserError
 from jaxgen.formats.config_json import Given, Part, refused, same
+from jaxgen.formats.rope import SCALINGS
 from jaxgen.models.config import DecoderConfig
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
@@ -44,93 +44,11 @@ def _write_heads(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-# Kind of scaling -> its options: ours, theirs.
-_LENGTH = {"original_max_seq_len": "original_max_position_embeddings"}
-SCALINGS: dict[str, dict[str, str]] = {
-    "linear": {"factor": "factor"},
-    "llama3": {key: key for key in ("factor", "low_freq_factor", "high_freq_factor")} | _LENGTH,
-    "yarn": {key: key for key in ("factor", "beta_fast", "beta_slow", "attention_factor")}
-    | _LENGTH,
-}
-
-
-def _read_scaling(
-    params: Mapping[str, Any], given: Given, kinds: Collection[str] = SCALINGS.keys()
-) -> RopeScaling | None:
-    """The scaling of `rope_scaling` or `rope_parameters`."""
-    kind = params.get("rope_type", params.get("type")) or "default"
-    if kind != "default" and kind not in kinds:
-        raise refused("rope_type", kind, ["default", *kinds])
-    found = {key: value for key, value in params.items() if value is not None}
-    for key in ("rope_type", "type", "rope_theta"):
-        found.pop(key, None)
-    if found.pop("partial_rotary_factor", 1) != 1:
-        raise refused("partial_rotary_factor", params["partial_rotary_factor"])
-    if kind == "yarn":
-        _infer_yarn(found, given)
-    if kind in ("llama3", "yarn"):
-        trained = given.get("original_max_position_embeddings", int | None)
-        longest = given.get("max_position_embeddings", int)
-        found.setdefault("original_max_position_embeddings", longest)
-        if trained is not None:
-            found["original_max_position_embeddings"] = trained
-    names, numbers = SCALINGS.get(kind, {}), Given(found, {})
-    # Those of another kind change nothing.
-    known = {theirs for names in SCALINGS.values() for theirs in names.values()}
-    if unknown := [key for key in found if key not in known]:
-        raise refused(f"{unknown[0]} of RoPE scaling {kind}", found[unknown[0]])
-    if kind == "default":
-        return None
-    if "factor" not in found:
-        raise UserError(f"config.json: RoPE scaling {kind} has no factor")
-    options: dict[str, Any] = {
-        ours: numbers.get(theirs, int if ours == "original_max_seq_len" else float)
-        for ours, theirs in names.items()
-        if theirs in found
-    }
-    return RopeScaling(kind=kind, **options)
-
-
-def _infer_yarn(found: dict[str, Any], given: Given) -> None:
-    """Replaces what may be said in other ways, as transformers does.
-
-    Source: `_compute_yarn_parameters` in transformers 5.24.
-    """
-    if found.pop("truncate", True) is not True:
-        raise refused("truncate of RoPE scaling yarn", False)
-    if "factor" not in found and "original_max_position_embeddings" in found:
-        longest = given.get("max_position_embeddings", int)
-        found["factor"] = longest / found["original_max_position_embeddings"]
-    over, under = found.pop("mscale", 0), found.pop("mscale_all_dim", 0)
-    if over and under and "factor" in found:
-        grown = 0.1 * math.log(max(found["factor"], 1.0))
-        found.setdefault("attention_factor", (grown * over + 1) / (grown * under + 1))
-
-
-def rope(*kinds: str) -> Part:
-    """One base and scaling for all layers, of these kinds."""
-
-    def read(given: Given) -> dict[str, Any]:
-        params = given.get("rope_scaling", dict | None) or {}
-        params = params or given.get("rope_parameters", dict | None) or {}
-        base = given.get("rope_theta", float)
-        return {
-            "rope_theta": float(params.get("rope_theta") or base),
-            "rope_scaling": _read_scaling(params, given, kinds),
-        }
-
-    return Part(read, _write_rope)
-
-
-def _write_rope(config: DecoderConfig) -> dict[str, Any]:
-    scaling, params = config.rope_scaling, None
-    if scaling is not None:
-        options = {
-            theirs: getattr(scaling, ours) for ours, theirs in SCALINGS[scaling.kind].items()
-        }
-        params = {"rope_type": scaling.kind} | options
-        params = {key: value for key, value in params.items() if value is not None}
-    return {"rope_theta": config.rope_theta, "rope_scaling": params}
+def _check_whole_heads(config: DecoderConfig) -> dict[str, Any]:
+    """Architectures that say head_dim, and yet want this, do not load without it."""
+    if config.embed_dim % config.num_heads:
+        raise UserError(f"{config.embed_dim=} is no multiple of {config.num_heads=}")
+    return {}
 
 
 def shortest(kinds: Sequence[bool]) -> tuple[Literal["global", "local"], ...]:
@@ -143,7 +61,9 @@ def shortest(kinds: Sequence[bool]) -> tuple[Literal["global", "local"], ...]:
 
 def _window(given: Given) -> int | None:
     window = given.get("sliding_window", int | None)
-    return window if given.get("use_sliding_window", bool) else None
+    # Only families with a default for it have such a switch.
+    switched = "use_sliding_window" in given.defaults
+    return None if switched and not given.get("use_sliding_window", bool) else window
 
 
 def _read_everywhere(given: Given) -> dict[str, Any]:
@@ -165,7 +85,7 @@ def window_by_layer(default: Callable[[Given, int], bool]) -> Part:
         implied = [window is not None and default(given, i) for i in range(num_layers)]
         if types is None:
             kinds = implied
-        elif unknown := [name for name in types if name not in names]:
+        elif unknown := [name for name in types if name not in list(names)]:
             raise refused("layer_types", unknown[0], list(names))
         elif len(types) != num_layers:
             raise UserError(
@@ -186,7 +106,7 @@ def window_by_layer(default: Callable[[Given, int], bool]) -> Part:
 
 
 def _after_max_window_layers(given: Given, layer: int) -> bool:
-    return layer >= given.get("max_window_layers", int)
+    return layer >= given.get("max_window_layers", int, least=0)
 
 
 def _write_use_window(config: DecoderConfig) -> dict[str, Any]:
@@ -200,32 +120,6 @@ def _write_use_window(config: DecoderConfig) -> dict[str, Any]:
 def _every_so_many(given: Given, layer: int) -> bool:
     period = given.get("sliding_window_pattern", int | None)
     return (layer + 1) % (period or given.get("_sliding_window_pattern", int)) != 0
-
-
-def _read_rope_by_kind(given: Given) -> dict[str, Any]:
-    """Local layers have a base of their own, and no scaling."""
-    params, local = given.get("rope_parameters", dict | None) or {}, {}
-    if params.keys() & {"full_attention", "sliding_attention"}:
-        params, local = (params.get(key) or {} for key in ("full_attention", "sliding_attention"))
-    params = given.get("rope_scaling", dict | None) or params
-    base, local_base = given.get("rope_theta", float), given.get("rope_local_base_freq", float)
-    theta = float(params.get("rope_theta") or base)
-    local_theta = float(local.get("rope_theta") or local_base)
-    scaling = _read_scaling(params, given)
-    if _read_scaling(local, given) is not None:
-        raise refused("RoPE scaling of sliding_attention", local.get("rope_type"), ["default"])
-    own = local_theta != theta or scaling is not None
-    return {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_local_theta": local_theta if own else None,
-    }
-
-
-def _write_rope_by_kind(config: DecoderConfig) -> dict[str, Any]:
-    return _write_rope(config) | {
-        "rope_local_base_freq": config.rope_local_theta or config.rope_theta
-    }
 
 
 def _read_score_scale(given: Given) -> dict[str, Any]:
@@ -275,11 +169,10 @@ SIZES = same(
     max_seq_len="max_position_embeddings",
 )
 HEADS = Part(_read_heads, _write_heads)
+WHOLE_HEADS = Part(lambda given: {}, _check_whole_heads)
 MLP = same(int, mlp_dim="intermediate_size")
 NORM = same(float, norm_eps="rms_norm_eps")
 TIED = same(bool, tie_embeddings="tie_word_embeddings")
-ROPE, ROPE_UNSCALED = rope(*SCALINGS), rope()
-ROPE_BY_KIND = Part(_read_rope_by_kind, _write_rope_by_kind)
 WINDOW = Part(_read_everywhere, _write_everywhere)
 USE_WINDOW = Part(lambda given: {}, _write_use_window)
 WINDOW_AFTER = window_by_layer(_after_max_window_layers)
@@ -303,7 +196,6 @@ DEFAULTS: dict[str, Any] = {
     "rope_scaling": None,
     "rope_parameters": None,
     "original_max_position_embeddings": None,
-    "use_sliding_window": True,
     "layer_types": None,
     "num_local_experts": None,
     "router_aux_loss_coef": 0.001,

@@ -71,19 +71,20 @@ def open_folder(folder: str) -> dict[str, Stored]:
         UserError: there are none, a file is missing, cut short or inconsistent, or a tensor is
             there twice.
     """
-    if not sources.exists(f"{folder}/{INDEX}"):
-        if not sources.exists(f"{folder}/{WEIGHTS}"):
-            raise UserError(
-                f"{folder} has neither {WEIGHTS} nor {INDEX}; give a folder with safetensors files"
-            )
+    # In the order in which transformers looks for them.
+    if sources.exists(f"{folder}/{WEIGHTS}"):
         return read_header(f"{folder}/{WEIGHTS}")
+    if not sources.exists(f"{folder}/{INDEX}"):
+        raise UserError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}; give a folder with safetensors files"
+        )
     places = _parse(f"{folder}/{INDEX}", sources.read_bytes(f"{folder}/{INDEX}"), _places)
     files = sorted(set(places.values()))
-    for file in files:
-        if not sources.exists(f"{folder}/{file}"):
-            raise UserError(f"{folder} has no {file}, which its {INDEX} names; {_AGAIN}")
-    # A header is three requests to a store.
+    # Several at once: a header is three requests to a store.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        there = pool.map(sources.exists, [f"{folder}/{file}" for file in files])
+        if missing := [file for file, found in zip(files, there, strict=True) if not found]:
+            raise UserError(f"{folder} has no {missing[0]}, which its {INDEX} names; {_AGAIN}")
         headers = pool.map(read_header, [f"{folder}/{file}" for file in files])
         found: dict[str, Stored] = {}
         for file, tensors in zip(files, headers, strict=True):
@@ -196,10 +197,13 @@ def split(tensors: Mapping[str, Spec], max_bytes: int) -> dict[str, dict[str, Sp
     A tensor that is larger has a file of its own.
     """
     groups: list[dict[str, Spec]] = [{}]
+    left = max_bytes
     for name, tensor in tensors.items():
-        if groups[-1] and _nbytes(groups[-1]) + tensor.nbytes > max_bytes:
+        if groups[-1] and tensor.nbytes > left:
             groups.append({})
+            left = max_bytes
         groups[-1][name] = tensor
+        left -= tensor.nbytes
     if len(groups) == 1:
         return {WEIGHTS: in_order(tensors)}
     return {

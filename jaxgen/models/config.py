@@ -125,23 +125,25 @@ class DecoderConfig:
         tables = 1 if self.tie_embeddings else 2
         return tables * self.vocab_size * D + self.num_layers * layer + D
 
+    @property
+    def num_matmul_params(self) -> int:
+        """Parameters in a matrix product that a token meets; the embedding lookup is none."""
+        D, N, K, H = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim
+        mlp = self._mlp_matmul(self.moe.num_experts_per_tok if self.moe else 1)
+        return self.num_layers * (D * (2 * N + 2 * K) * H + mlp) + self.vocab_size * D
+
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one training step per token, at sequences of `seq_len` tokens.
 
-        6 for each parameter in a matrix product that a token meets (the embedding lookup is none),
-        and 12 * N * H for each key a query sees: on average half of a causal sequence, less in
-        local layers. Rematerialised products do not count.
+        6 for each of `num_matmul_params`, and 12 * N * H for each key a query sees: on average half
+        of a causal sequence, less in local layers. Rematerialised products do not count.
         """
-        D, N, K, H = self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim
-        mlp = self._mlp_matmul(self.moe.num_experts_per_tok if self.moe else 1)
-        matmul = self.num_layers * (D * (2 * N + 2 * K) * H + mlp)
-        matmul += self.vocab_size * D
         seen = 0.0
         for local in self.local_layers:
             window = min(self.sliding_window or seq_len, seq_len) if local else seq_len
             # Positions before the window is full see half of it on average.
             seen += (window * window / 2 + (seq_len - window) * window) / seq_len
-        return 6 * matmul + 12 * N * H * seen
+        return 6 * self.num_matmul_params + 12 * self.num_heads * self.head_dim * seen
 
     def check_mesh(self, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
         """Checks that every dimension divides into its shards on this mesh.

@@ -122,11 +122,6 @@ class Decoder(nnx.Module):
         if schedule := self.schedule:
             if cache is not None:
                 raise UserError("a pipeline has no cache; decode on a mesh with pipeline=1")
-            if self.compute.gather_once:
-                raise UserError(
-                    f"compute.gather_once={self.compute.gather_once!r} in a pipeline would add up "
-                    f"the gradients of all microbatches in {self.compute.dtype}; set it to None"
-                )
             xs = np.asarray(kinds)
             kind_of = (lambda local: local) if schedule.alike(xs) else Mixed
 

@@ -15,9 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import attend
 from jaxgen.nn.init import Maker
-from jaxgen.nn.layers import GatedMLP, RMSNorm, product
+from jaxgen.nn.layers import GatedMLP, RMSNorm
+from jaxgen.nn.lora import BlockAdapters, add_entering, add_leaving
 from jaxgen.nn.moe import MoE
 from jaxgen.nn.paged import LayerPages, attend_paged
+from jaxgen.nn.product import product
 from jaxgen.nn.rope import rotate
 from jaxgen.nn.router import RouterStats
 from jaxgen.nn.stream import enter, leave, partial_sums
@@ -83,6 +85,7 @@ class Attention(nnx.Module):
             else:
                 self.q_norm = RMSNorm(maker, H, **norm)
                 self.k_norm = RMSNorm(maker, H, **norm)
+        self.lora: BlockAdapters | None = None
 
     def __call__(
         self,
@@ -98,12 +101,16 @@ class Attention(nnx.Module):
         """
         rules = self.rules.here()
         x_q = x_kv = enter(x, rules, "heads")
-        if rules.kv_heads != rules.heads:
-            # Every device computes the same keys and values, so their gradient is no partial sum.
+        # Else every device computes the same keys and values: their gradient is no partial sum.
+        kv_split = "heads" if rules.kv_heads == rules.heads else None
+        if kv_split is None:
             x_kv = enter(x, rules, None)
         q = product("BTD,DNH->BTNH", x_q, self.q[...])
         k = product("BTD,DKH->BTKH", x_kv, self.k[...])
         v = product("BTD,DKH->BTKH", x_kv, self.v[...])
+        q = add_entering(q, self.lora, "q", x, rules, "heads")
+        k = add_entering(k, self.lora, "k", x, rules, kv_split)
+        v = add_entering(v, self.lora, "v", x, rules, kv_split)
         if self.config.qkv_bias:
             q += self.q_bias[...][None, None]
             k += self.k_bias[...][None, None]
@@ -124,7 +131,7 @@ class Attention(nnx.Module):
         seen = checkpoint_name(seen, "attention")
         # h, not H: einsum contracts letters in sorted order, and H before N transposes the weight.
         y = product("BTNh,NhD->BTD", seen, self.o[...], partial_sums(rules, "heads"))
-        y = leave(y, rules)
+        y = add_leaving(leave(y, rules), self.lora, "o", seen, rules, "heads")
         return checkpoint_name(y, "attention_out"), cache
 
     def _see(self, q, k, v, sight: Sight, cache: LayerPages | None, is_local: bool):

@@ -71,10 +71,17 @@ class Maker:
         draw = truncated_normal(self.key, f"{self.path}/{name}", shape, spec, rows)
         return kind(draw / (TRUNCATED_STD * math.sqrt(fan_in)), axes=tuple(axes))
 
-    def full(self, shape: Sequence[int], axes: Sequence[str | None], value: float) -> Elementwise:
-        """A scale or a bias, which starts as one value."""
+    def full(
+        self,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        value: float,
+        *,
+        kind: type[nnx.Param] = Elementwise,
+    ) -> nnx.Param:
+        """A parameter that starts as one value: a scale, a bias, or a matrix of another kind."""
         shape, spec = self._place(shape, axes)
-        return Elementwise(jnp.full(shape, value, jnp.float32, out_sharding=spec), axes=tuple(axes))
+        return kind(jnp.full(shape, value, jnp.float32, out_sharding=spec), axes=tuple(axes))
 
     def _place(self, shape, axes) -> tuple[tuple[int, ...], PartitionSpec]:
         rules = self.rules.here()

@@ -1,4 +1,4 @@
-"""The layers that see one token at a time: products, norms, gated MLP, embedding.
+"""The layers that see one token at a time: norms, gated MLP, embedding.
 
 B batch, T positions, D embed, F mlp, V vocab.
 """
@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Maker
+from jaxgen.nn.lora import BlockAdapters, add_entering, add_leaving
+from jaxgen.nn.product import product
 from jaxgen.nn.stream import enter, leave, partial_sums, stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
@@ -25,51 +26,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(formula: str, x: jax.Array, w: jax.Array, out: P | None = None) -> jax.Array:
-    """jnp.einsum(formula, x, w, out_sharding=out), with a weight gradient that is fast on CPU.
-
-    JAX's own rule forms the gradient of `w` transposed, which XLA's CPU products read both operands
-    backwards for: half the speed. Elsewhere the two are the same.
-
-    Args:
-        formula: as "BTD,DF->BTF": x, then the weight.
-        x: activations.
-        w: a weight. Where it or x is `reduced`, its gradient is left as a partial sum over those
-            axes.
-        out: the result's sharding, where the contraction runs over a sharded dimension.
-    """
-    return jnp.einsum(formula, x, w, out_sharding=out)
-
-
-def _product_forward(formula, x, w, out):
-    return product(formula, x, w, out), (x, w)
-
-
-def _product_backward(formula, out, operands, dy):
-    x, w = operands
-    inputs, y_dims = formula.split("->")
-    x_dims, w_dims = inputs.split(",")
-    spec = jax.typeof(x).sharding.spec
-    partial = P(*spec.partitions, unreduced=spec.reduced)
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=partial)
-    spec = jax.typeof(w).sharding.spec
-    partial = P(*spec.partitions, unreduced=spec.reduced)
-    if x.size <= dy.size or mesh_device().platform != "cpu":
-        return dx, jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=partial)
-    # The first operand is the one that is copied, transposed: let it be the smaller. The barrier
-    # keeps XLA from undoing this.
-    order = sorted(range(w.ndim), key=lambda dim: w_dims[dim] not in y_dims)
-    turned_dims = "".join(w_dims[dim] for dim in order)
-    turned = P(*(spec.partitions[dim] for dim in order), unreduced=spec.reduced)
-    dw = jnp.einsum(f"{y_dims},{x_dims}->{turned_dims}", dy, x, out_sharding=turned)
-    back = [order.index(dim) for dim in range(w.ndim)]
-    return dx, jnp.transpose(lax.optimization_barrier(dw), back)
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -114,16 +70,21 @@ class GatedMLP(nnx.Module):
         self.gate = maker.normal("gate", shape_DF, axes_DF, fan_in=embed_dim)
         self.up = maker.normal("up", shape_DF, axes_DF, fan_in=embed_dim)
         self.down = maker.normal("down", (mlp_dim, embed_dim), ("mlp", "embed"), fan_in=mlp_dim)
+        self.lora: BlockAdapters | None = None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to the residual stream; the sum over `mlp` is added up on leaving."""
         rules = self.rules.here()
-        x = enter(x, rules, "mlp")
-        gate = checkpoint_name(product("BTD,DF->BTF", x, self.gate[...]), "mlp_gate")
-        up = checkpoint_name(product("BTD,DF->BTF", x, self.up[...]), "mlp_up")
+        whole = enter(x, rules, "mlp")
+        gate = product("BTD,DF->BTF", whole, self.gate[...])
+        gate = add_entering(gate, self.lora, "gate", x, rules, "mlp")
+        up = product("BTD,DF->BTF", whole, self.up[...])
+        up = add_entering(up, self.lora, "up", x, rules, "mlp")
+        gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
         hidden = ACTIVATIONS[self.activation](gate) * up
         out = partial_sums(rules, "mlp")
         y = leave(product("BTF,FD->BTD", hidden, self.down[...], out), rules)
+        y = add_leaving(y, self.lora, "down", hidden, rules, "mlp")
         return checkpoint_name(y, "mlp_out")
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax
 
-from jaxgen.data.tokenizer import TextStream, Tokenizer, check_vocab
+from jaxgen.data.text_stream import TextStream
+from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
@@ -215,7 +216,7 @@ class Engine:
                 answer = self._submit(prompt, each, stop_ids, stop, 0, name=name, bounded=False)
                 answers.append(answer)
             results = []
-            with progress("generating", len(answers), is_bytes=False) as show:
+            with progress("generating", len(answers), in_bytes=False) as show:
                 for answer in answers:
                     results.append(answer.result())
                     show(len(results))

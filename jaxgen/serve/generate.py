@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxgen.data.chat import encode_prompt
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
@@ -52,7 +53,7 @@ class Generator:
             requests.append(Request(tuple(map(int, prompt)), each, frozenset(stop_ids)))
         if requests:
             self.core.runner.compile_for(len(requests))
-            with progress("generating", len(requests), is_bytes=False) as show:
+            with progress("generating", len(requests), in_bytes=False) as show:
                 self.core.run(requests, show)
         return [request.output for request in requests]
 
@@ -73,15 +74,25 @@ def generate_text(
     prompts: Sequence[str],
     sampling: SamplingConfig | Sequence[SamplingConfig],
     stop_ids: Sequence[int] = (),
+    *,
+    chat: bool = False,
 ) -> list[str]:
     """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
 
+    With `chat` a prompt is a user's message and the text an answer, by the model's chat template.
+
     Raises:
-        UserError: as `Generator`, or the tokenizer has tokens that the model has not.
+        UserError: as `Generator`, or the tokenizer has tokens that the model has not, or no chat
+            template.
     """
     generator = model if isinstance(model, Generator) else _for_so_many(model, len(prompts))
     check_vocab(tokenizer, generator.model.config.vocab_size)
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    if chat:
+        ids = [
+            encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts
+        ]
+    else:
+        ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     stops = [*stop_ids, tokenizer.eos_id]
     return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 

@@ -16,6 +16,7 @@ from jaxgen import __version__
 from jaxgen.data.loader import Batches
 from jaxgen.errors import UserError
 from jaxgen.metrics import mfu
+from jaxgen.train.origin import open_origin
 from jaxgen.train.program import lower_step, make_state
 from jaxgen.train.start import start
 from jaxgen.train.step import TrainState
@@ -63,10 +64,11 @@ def bench_train(
     if steps < 1:
         raise UserError(f"--steps {steps}; use 1 or more")
     started_s = time.perf_counter() if started_s is None else started_s
+    origin = open_origin(config)
     with start(config, mesh, lower_step) as begun:
         mesh = begun.mesh
         begin = time.perf_counter()
-        state = jax.block_until_ready(make_state(config, mesh))
+        state = jax.block_until_ready(make_state(config, mesh, origin))
         state_s = time.perf_counter() - begin
         program = begun.programs[0].result()
         with begun.loader.batches(0, steps + WARMUP_STEPS) as batches:
@@ -87,13 +89,14 @@ def bench_train(
         "step_s_p10": float(np.percentile(times, 10)),
         "step_s_p90": float(np.percentile(times, 90)),
         "tokens_per_s": tokens_per_s,
-        "mfu": mfu(
-            config.model.flops_per_token(config.train.seq_len), tokens_per_s, mesh.devices.flat
-        ),
+        "mfu": mfu(config.flops_per_token, tokens_per_s, mesh.devices.flat),
         "data_wait_share": sum(timed.waits_s[WARMUP_STEPS:]) / wall_s,
         "peak_memory_measured_bytes": _measured_peak(mesh),
         "peak_memory_compiled_bytes": _compiled_peak(program.run),
         "model_params": config.model.num_params,
+        "trained_params": (
+            config.lora.num_params(config.model) if config.lora else config.model.num_params
+        ),
         "batch_size": config.train.batch_size,
         "seq_len": config.train.seq_len,
         "devices": mesh.size,

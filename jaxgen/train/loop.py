@@ -19,11 +19,13 @@ from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
 from jaxgen.train.evaluate import evaluate
+from jaxgen.train.origin import check_same_origin, note_of, open_origin
 from jaxgen.train.program import (
     abstract_state,
     lower_evaluation,
     lower_step,
     make_state,
+    read_decoder,
     relayout,
     stored_state,
 )
@@ -32,6 +34,7 @@ from jaxgen.train.step import TrainState
 
 if TYPE_CHECKING:
     from jaxgen.config import TrainConfig
+    from jaxgen.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +85,15 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         programs = [lower_step]
         if config.eval.every_steps:
             programs.append(lower_evaluation)
+        # A resumed run goes on from its own weights.
+        origin = open_origin(config) if checkpoints.latest_step() is None else None
         begun = stack.enter_context(start(config, mesh, *programs))
         mesh, loader, packed = begun.mesh, begun.loader, begun.loader.packed
         train_step, *evaluation = begun.programs
-        state, first = _resume(config, mesh, checkpoints, packed)
+        state, first, note = _begin(config, mesh, checkpoints, packed, origin)
         if first == config.train.steps and jax.process_index() == 0:
             print(f"{run_dir} has done all of its {first} steps", flush=True)
-        about = {"config": to_json(config), "data": packed.fingerprint}
+        about = {"config": to_json(config), "data": packed.fingerprint, "init": note}
         if jax.process_index() == 0:
             save_config(config, run_dir)
             packed.tokenizer.save(str(run_dir / TOKENIZER))
@@ -98,15 +103,15 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
                 config.metrics,
                 resume_step=first,
                 total_steps=config.train.steps,
-                flops_per_token=config.model.flops_per_token(config.train.seq_len),
+                flops_per_token=config.flops_per_token,
                 devices=mesh.devices.flatten().tolist(),
             )
         )
         held_out = _HeldOut(config, loader, *evaluation)
         if first == 0 and held_out.every:
-            metrics.write(0, {}, **held_out(state.model))
+            metrics.write(0, {}, **held_out(state.decoder))
         checkpoints.preload()
-        stored = stored_state(config, mesh)
+        stored = stored_state(config, mesh).saved()
         batches = stack.enter_context(loader.batches(first, config.train.steps))
         preemption = stack.enter_context(Preemption())
         for step, batch in enumerate(batches, start=first + 1):
@@ -116,32 +121,44 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             last, stopping = step == config.train.steps, preemption.reached(step)
             if held_out.due(step) or (last and held_out.every):
                 with metrics.paused():
-                    metrics.add(**held_out(state.model))
+                    metrics.add(**held_out(state.decoder))
             if last or stopping or checkpoints.due(step):
                 # First the metrics: a resumed run writes no line of a step before its checkpoint.
                 _stop_if_broken(config, metrics.flush())
-                checkpoints.save(step, relayout(state, stored), about)
+                checkpoints.save(step, relayout(state.saved(), stored), about)
             if stopping:
                 break
         checkpoints.wait()
     return state
 
 
-def _resume(
-    config: "TrainConfig", mesh: Mesh, checkpoints: CheckpointManager, packed: PackedData
-) -> tuple[TrainState, int]:
-    """Returns the newest state of the run, or a fresh one, and how many steps it has done."""
+def _begin(
+    config: "TrainConfig",
+    mesh: Mesh,
+    checkpoints: CheckpointManager,
+    packed: PackedData,
+    origin: "Pretrained | None",
+) -> tuple[TrainState, int, dict[str, Any] | None]:
+    """Returns the newest state of the run, or a fresh one, the steps it has done, and a note of the
+    weights that it started from."""
     if checkpoints.latest_step() is None:
-        return make_state(config, mesh), 0
-    state, step, about = checkpoints.restore(stored_state(config, mesh))
-    state = relayout(state, abstract_state(config, mesh))
+        note = note_of(origin) if origin else None
+        return make_state(config, mesh, origin), 0, note
+    state, step, about = checkpoints.restore(stored_state(config, mesh).saved())
+    check_same_origin(config, about, checkpoints.directory)
     _check_same_data(config, about, packed.fingerprint, checkpoints)
     if step > config.train.steps:
         raise UserError(
             f"{checkpoints.directory} has done {step} steps and train.steps={config.train.steps}; "
             "raise it, or give another --run-dir"
         )
-    return state, step
+    state = relayout(state, abstract_state(config, mesh).saved())
+    if config.lora is not None:
+        from jaxgen.pretrained import open_noted
+
+        base = read_decoder(config, mesh, open_noted(about["init"]))
+        state = dataclasses.replace(state, base=base)
+    return state, step, about.get("init")
 
 
 def _check_same_data(

@@ -14,12 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgen.compiler import compiler_options
 from jaxgen.data.loader import Batch
+from jaxgen.models.decoder import Decoder
 from jaxgen.sharding import abstract
 from jaxgen.train.evaluate import evaluate_batch
-from jaxgen.train.step import TrainState, init_state, train_step
+from jaxgen.train.origin import open_origin
+from jaxgen.train.step import TrainState, first_state, init_state, train_step
 
 if TYPE_CHECKING:
     from jaxgen.config import TrainConfig
+    from jaxgen.pretrained import Pretrained
 
 
 def batch_sharding(config: "TrainConfig", mesh: Mesh) -> NamedSharding:
@@ -44,7 +47,7 @@ def _traced_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
 
 
 def stored_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
-    """Returns the abstract state as checkpoints hold it, with the layers in one dimension."""
+    """Returns the abstract state as files hold it, with the layers in one dimension."""
     pipeline = dataclasses.replace(config.compute.pipeline, num_repeats=1)
     compute = dataclasses.replace(config.compute, pipeline=pipeline)
     return abstract_state(dataclasses.replace(config, compute=compute), mesh)
@@ -90,17 +93,44 @@ def abstract_batch(config: "TrainConfig", mesh: Mesh) -> Batch:
     )
 
 
-def make_state(config: "TrainConfig", mesh: Mesh) -> TrainState:
-    """Returns a fresh state: every parameter is drawn on the devices that own it.
+def make_state(config: "TrainConfig", mesh: Mesh, origin: "Pretrained | None" = None) -> TrainState:
+    """Returns a fresh state: every parameter is drawn, or read, on the devices that own it.
+
+    Args:
+        config: the run.
+        mesh: what to run on.
+        origin: what `config.init` names, if it is open already.
 
     Raises:
-        UserError: a dimension does not divide into its shards.
+        UserError: a dimension does not divide into its shards, or weights cannot be read.
     """
     config.check(mesh)
     with jax.set_mesh(mesh):
         key = jax.random.key(config.train.seed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-        return jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(key)
+        origin = origin or open_origin(config)
+        if origin is None:
+            return jax.jit(lambda key: init_state(config, key), out_shardings=shardings)(key)
+        decoder = read_decoder(config, mesh, origin)
+        begin = jax.jit(
+            lambda decoder: first_state(config, key, decoder),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        return begin(decoder)
+
+
+def read_decoder(config: "TrainConfig", mesh: Mesh, origin: "Pretrained") -> Decoder:
+    """Returns the weights of a model, in the dtypes, the layout and the shards of this run's.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    stored, wanted = (
+        state.base or state.model
+        for state in (stored_state(config, mesh), abstract_state(config, mesh))
+    )
+    return relayout(origin.read(stored), wanted)
 
 
 def lower_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Lowered:
@@ -129,5 +159,5 @@ def compile_step(config: "TrainConfig", mesh: Mesh) -> jax.stages.Compiled:
 def lower_evaluation(config: "TrainConfig", mesh: Mesh) -> jax.stages.Lowered:
     """Returns (model, batch) -> the sums that `evaluate` adds up, traced for this mesh."""
     with jax.set_mesh(mesh):
-        model, batch = abstract_state(config, mesh).model, abstract_batch(config, mesh)
-        return jax.jit(evaluate_batch).lower(model, batch)
+        decoder, batch = abstract_state(config, mesh).decoder, abstract_batch(config, mesh)
+        return jax.jit(evaluate_batch).lower(decoder, batch)

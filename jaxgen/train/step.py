@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.lora import Adapters, attach, freeze
 from jaxgen.nn.pipeline import cut
 from jaxgen.nn.router import RouterSums
 from jaxgen.train.optimizer import global_norm, learning_rate, make_optimizer
@@ -21,13 +22,13 @@ NORM_DECAY = 0.98
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a run carries from step to step, and all that a checkpoint has to hold.
+    """All that a run carries from step to step.
 
     A pytree whose leaves are arrays, or their shapes or shardings: so no field says jax.Array.
     """
 
-    model: Decoder
-    """fp32 parameters."""
+    model: Any
+    """What is trained, in fp32: a Decoder, or the Adapters of a frozen one."""
     opt_state: Any
     """optax's moments, sharded like their parameters."""
     step: Any
@@ -38,11 +39,32 @@ class TrainState:
     """Steps skipped so far, int32 []."""
     skipped_in_row: Any
     """Steps skipped since the last one that was applied, int32 []."""
+    base: Any = None
+    """The frozen Decoder beside adapters, in the compute dtype; None if all of it is trained."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as it stands, adapters included."""
+        return self.model if self.base is None else attach(self.base, self.model)
+
+    def saved(self) -> "TrainState":
+        """All that a checkpoint has to hold: the base is read from where it came from."""
+        return dataclasses.replace(self, base=None)
 
 
 def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
-    """Returns a fresh state. Call it under `jax.jit` inside `jax.set_mesh(mesh)`."""
-    model: Any = Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+    """Returns a state of random weights. Call it under `jax.jit` inside `jax.set_mesh(mesh)`."""
+    decoder = Decoder(config.model, key=key, compute=config.compute, rules=config.rules)
+    return first_state(config, key, decoder)
+
+
+def first_state(config: "TrainConfig", key: jax.Array, decoder: Decoder) -> TrainState:
+    """Returns the state before the first step of a run that begins with these weights."""
+    compute, base = config.compute, None
+    model: Any = decoder
+    if config.lora is not None:
+        base = freeze(decoder, jnp.dtype(compute.dtype))
+        model = Adapters(config.lora, config.model, key=key, compute=compute, rules=config.rules)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         model=model,
@@ -51,6 +73,7 @@ def init_state(config: "TrainConfig", key: jax.Array) -> TrainState:
         grad_norm_mean=jnp.zeros((), jnp.float32),
         skipped=zero,
         skipped_in_row=zero,
+        base=base,
     )
 
 
@@ -67,8 +90,9 @@ def train_step(
     accum, moe = config.train.grad_accum_steps, config.model.moe
     total_weight = jnp.sum(batch.weights)
 
-    def loss_fn(model: Decoder, batch: Any):
-        objective, nll, routed = model.loss_sums(*batch, z_loss=config.train.z_loss)
+    def loss_fn(model: Any, batch: Any):
+        decoder = dataclasses.replace(state, model=model).decoder
+        objective, nll, routed = decoder.loss_sums(*batch, z_loss=config.train.z_loss)
         return objective / total_weight, (nll / total_weight, routed)
 
     gradient: Any = jax.grad(loss_fn, has_aux=True)
@@ -92,7 +116,7 @@ def train_step(
     rate = learning_rate(optimizer, config.train.steps, state.step)
     direction, opt_state = _directions(optimizer, grads, state)
     model = jax.tree.map(lambda param, way: param + rate * way, state.model, direction)
-    if moe and moe.bias_update_rate and routed is not None:
+    if moe and moe.bias_update_rate and routed is not None and state.base is None:
         model = model.balanced(routed.counts)
 
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -111,6 +135,7 @@ def train_step(
         grad_norm_mean=mean,
         skipped=state.skipped + jnp.where(good, 0, 1),
         skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+        base=state.base,
     )
     metrics = {
         "loss": loss,

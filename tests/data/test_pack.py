@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from corpus import texts
 
-from jaxgen.data.pack import RowPacker, pack_documents
+from jaxgen.data.documents import ReadReport
+from jaxgen.data.pack import RowPacker, encode_texts, pack_documents
 from jaxgen.data.rows import Manifest, PackedRows, decode_row, encode_row
-from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 
@@ -16,10 +16,11 @@ SEQ_LEN = 64
 
 def pack(folder, documents, seq_len=SEQ_LEN, eval_fraction=0.1):
     folder.mkdir()
+    tokenizer = Tokenizer.from_bytes()
     return pack_documents(
-        documents,
+        encode_texts(documents, tokenizer),
         folder,
-        tokenizer=Tokenizer.from_bytes(),
+        tokenizer=tokenizer,
         seq_len=seq_len,
         eval_fraction=eval_fraction,
         source="test",

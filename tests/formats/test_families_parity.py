@@ -8,20 +8,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_folders import write_folder
 from tiny_families import (
     CASES,
     NUM_NEW,
     PROMPT_LEN,
-    abstract_decoder,
     computed,
     config_json,
     decoder_of,
-    from_theirs,
     rows,
     tensors_of,
 )
 
-from jaxgen.formats.families import family_for, family_of
+from jaxgen.checkpoint.tree import named_leaves
+from jaxgen.formats.families import FAMILIES, family_of
 from jaxgen.serve.generate import Generator
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig, make_mesh
@@ -30,20 +30,17 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "families"
 pytestmark = pytest.mark.parity
 
 
-def transformers_on(case, folder, given):
+def transformers_on(folder, given):
     """What transformers computes from a config.json and our random tensors, written to a folder.
 
     Returns the greedy text, the logits and loss of `rows`, the gradients by our names, and the
     config.json that it writes itself.
     """
     import torch
-    from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     family = family_of(given)
-    config = family.read(given)
-    (folder / "config.json").write_text(json.dumps(given))
-    save_file(tensors_of(family, config), folder / "model.safetensors", {"format": "pt"})
+    write_folder(folder, given, tensors_of(family, family.read(given)))
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
@@ -59,27 +56,28 @@ def transformers_on(case, folder, given):
     for parameter in model.parameters():
         parameter.data = parameter.grad
     model.save_pretrained(folder / "saved")
-    gradients = load_file(folder / "saved" / "model.safetensors")
-    gradients = from_theirs(family, abstract_decoder(config), gradients)
+    gradients = dict(named_leaves(decoder_of(folder / "saved")))
     saved = json.loads((folder / "saved" / "config.json").read_text())
     return greedy, found.logits.detach().numpy(), found.loss.item(), gradients, saved
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_tiny_model_computes_what_transformers_does(case, tmp_path, record_property):
+def test_a_tiny_model_computes_what_transformers_does(case, tmp_path):
     given = config_json(case)
-    config = family_of(given).read(given)
-    family, written = family_for(config)
-    greedy, logits, loss, gradients, saved = transformers_on(case, tmp_path, written)
+    family = family_of(given)
+    config = family.read(given)
+    written = family.write(config)
+    greedy, logits, loss, gradients, saved = transformers_on(tmp_path, written)
     assert family.read(saved) == config
-    our_logits, our_loss, our_gradients = computed(case, greedy)
+    model = decoder_of(tmp_path)
+    our_logits, our_loss, our_gradients = computed(model, greedy)
     errors = {
         name: np.linalg.norm(our_gradients[name] - gradient) / np.linalg.norm(gradient)
         for name, gradient in gradients.items()
     }
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         prompt = rows(greedy)[0, :PROMPT_LEN].tolist()
-        (text,) = Generator(decoder_of(case))([prompt], SamplingConfig(max_tokens=NUM_NEW))
+        (text,) = Generator(model)([prompt], SamplingConfig(max_tokens=NUM_NEW))
     logit_error, loss_error = np.abs(our_logits - logits).max(), abs(our_loss - loss) / loss
     print(f"{case}: logits {logit_error:.1e} loss {loss_error:.1e}", end=" ")
     print(f"gradients {max(errors.values()):.1e}")
@@ -89,9 +87,24 @@ def test_a_tiny_model_computes_what_transformers_does(case, tmp_path, record_pro
     assert text == greedy
 
 
+REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_an_absent_key_means_what_it_means_to_transformers(family):
+    from transformers import AutoConfig
+
+    whole = AutoConfig.for_model(family.model_type).to_dict()
+    given = {key: value for key, value in whole.items() if key in REQUIRED}
+    assert family.read(given) == family.read(whole)
+
+
 def write_golden(case):
     with tempfile.TemporaryDirectory() as folder:
-        greedy, logits, loss, gradients, _ = transformers_on(case, Path(folder), config_json(case))
+        greedy, logits, loss, gradients, _ = transformers_on(Path(folder), config_json(case))
     golden = {
         "greedy": greedy,
         "loss": loss,

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_families
 from small_folders import LLAMA, llama_tensors, write_folder
 
 from jaxgen.checkpoint.tree import named_leaves
@@ -246,9 +247,10 @@ def test_a_parameter_without_a_place_is_named():
         write_weights("memory://nowhere", family, filled(config_of()), "float32")
 
 
-def test_a_folder_may_be_in_any_store(llama):
+def test_a_folder_may_be_in_any_store(llama, monkeypatch):
+    monkeypatch.setattr(safetensors, "MAX_FILE_BYTES", 20_000)
     model = read(llama, config_of())
-    write_weights("memory://there", family_of(LLAMA), model, "bfloat16", max_file_bytes=20_000)
+    write_weights("memory://there", family_of(LLAMA), model, "bfloat16")
     stored = safetensors.open_folder("memory://there")
     assert len({tensor.url for tensor in stored.values()}) > 2
     again = read("memory://there", config_of(), MESHES["all"])
@@ -265,3 +267,36 @@ def test_what_several_processes_gather_is_what_one_does(llama):
             replicated = module._replicate(leaf, index)
             assert replicated.is_fully_replicated
             np.testing.assert_array_equal(replicated, module._gather(leaf, index))
+
+
+def test_weights_can_be_given_away(llama):
+    """Copies on several CPU devices may be one buffer, which no program may write into."""
+    model = read(llama, config_of(), MESHES["fsdp"])
+    before = {name: np.array(leaf) for name, leaf in named_leaves(model)}
+    add = jax.jit(lambda model: jax.tree.map(lambda leaf: leaf + 1, model), donate_argnums=0)
+    for name, leaf in named_leaves(add(model)):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, before[name][shard.index] + 1)
+
+
+@pytest.mark.parametrize("case", tiny_families.CASES)
+def test_every_family_comes_and_goes(tmp_path, case):
+    given = tiny_families.config_json(case)
+    family = family_of(given)
+    config = family.read(given)
+    tensors = tiny_families.tensors_of(family, config)
+    write_folder(tmp_path / "in", given, tensors)
+    pretrained = open_model(tmp_path / "in")
+    assert pretrained.config == config
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    model = pretrained.read(abstract_model(pretrained.serve_config(), mesh_of(mesh), "float32"))
+    want = tiny_families.from_theirs(family, model, tensors)
+    for name, leaf in named_leaves(model):
+        np.testing.assert_array_equal(np.asarray(leaf), want[name], err_msg=name)
+    pretrained.write(str(tmp_path / "out"), model)
+    stored = safetensors.open_folder(str(tmp_path / "out"))
+    assert stored.keys() == tensors.keys()
+    for name, tensor in stored.items():
+        values = tensors[name]
+        assert tensor.shape == values.shape
+        np.testing.assert_array_equal(tensor.read(0, values.size), values.reshape(-1))

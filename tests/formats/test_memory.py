@@ -50,10 +50,7 @@ def held(name):
         fields = dict(line.split(":") for line in file)
     return int(fields[name].split()[0]) * 1024
 
-def forget_peak():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
+# Whatever else runs on this machine is worth more.
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")
 jaxgen.simulate_devices(8)
@@ -69,10 +66,11 @@ model = pretrained.read(target)
 size = 2 * config.model.num_params
 print(size, held("VmHWM") - before - size, time.monotonic() - start)
 if len(sys.argv) > 2:
-    forget_peak()
-    start = time.monotonic()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # Forgets the peak.
+    before, start = held("VmRSS"), time.monotonic()
     pretrained.write(sys.argv[2], model)
-    print(size, held("VmHWM") - before - size, time.monotonic() - start)
+    print(size, held("VmHWM") - before, time.monotonic() - start)
 """
 
 
@@ -147,7 +145,11 @@ def test_reading_and_writing_hold_one_tensor_and_one_shard_beside_the_model(tmp_
 
 @pytest.mark.full
 def test_llama_8b_needs_little_beside_itself(tmp_path):
-    """16 GB on the host, for devices are simulated; 20 GB of disk."""
+    """16 GB on the host, for devices are simulated, and on disk."""
+    with open("/proc/meminfo") as file:
+        available = int(dict(line.split(":") for line in file)["MemAvailable"].split()[0])
+    if available < 17_000_000:
+        pytest.skip(f"needs 17 GB of free memory, and there are {available / 1e6:.1f}")
     try:
         files = write_large(tmp_path / "in", LLAMA_3_1_8B)
         assert len(files) == 4

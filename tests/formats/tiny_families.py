@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from jaxgen.checkpoint.tree import named_leaves
+from jaxgen.config import ServeConfig
 from jaxgen.formats.families import family_of
 from jaxgen.models.config import ComputeConfig
-from jaxgen.models.decoder import Decoder
-from jaxgen.sharding import MeshConfig, abstract, make_mesh
+from jaxgen.pretrained import abstract_model, open_model
+from jaxgen.sharding import MeshConfig, make_mesh
 
 PROMPT_LEN, NUM_NEW = 8, 64
 # Half of the compile time.
@@ -41,7 +42,9 @@ EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
 CASES = {
     "llama_linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama_llama3": {"rope_scaling": LLAMA3, "tie_word_embeddings": True},
-    "llama_yarn": {"rope_scaling": {"rope_type": "yarn", "beta_fast": 4, **TRAINED}},
+    "llama_yarn": {
+        "rope_scaling": {"rope_type": "yarn", "beta_fast": 2, "beta_slow": 0.25, **TRAINED}
+    },
     "smollm2": {"is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
@@ -63,7 +66,7 @@ CASES = {
     "gemma2": {
         "query_pre_attn_scalar": 4,
         "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 10.0,
+        "final_logit_softcapping": 2.0,
         "sliding_window": 8,
     },
     "gemma3": {
@@ -120,37 +123,33 @@ def places(family, model):
         yield name, leaf, tensor, leaf.shape[:stacked], inputs, outputs(name), before
 
 
-def abstract_decoder(config):
-    compute = ComputeConfig(dtype="float32")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return abstract(lambda: Decoder(config, key=jax.random.key(0), compute=compute), mesh)
-
-
 def tensors_of(family, config):
     """Their tensors by name: random numbers, drawn for each by its name."""
     shapes = {}
     for _, _, tensor, stack, inputs, outputs, before in places(family, abstract_decoder(config)):
         for index in np.ndindex(stack):
-            theirs = tensor.theirs.format(**dict(zip(("layer", "expert"), index, strict=False)))
+            name = tensor.theirs.format(**dict(zip(("layer", "expert"), index, strict=False)))
             if inputs:
-                size = before + math.prod(outputs)
-                size = max(size, shapes.get(theirs, (0,))[0])
-                shapes[theirs] = (size, math.prod(inputs))
+                size = max(before + math.prod(outputs), *shapes.get(name, (0,))[:1])
+                shapes[name] = (size, math.prod(inputs))
             else:
-                shapes[theirs] = (math.prod(outputs),) if stack else outputs
+                shapes[name] = (math.prod(outputs),) if stack else outputs
     drawn = {}
-    for name, shape in sorted(shapes.items()):
+    for name, shape in shapes.items():
         values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
         if name.endswith("norm.weight"):
             values = 0.3 * values + (0.0 if config.norm_plus_one else 1.0)
-        elif len(shape) == 2 and "embed_tokens" not in name:
+        elif "embed_tokens" in name:
+            # As an output layer it would make logits of 25, with the rounding of such.
+            values *= 0.3 if config.tie_embeddings else 1.0
+        elif len(shape) == 2:
             values *= (3.0 if "lm_head" in name or ".gate.w" in name else 1.5) / math.sqrt(shape[1])
         drawn[name] = values.astype(np.float32)
     return drawn
 
 
 def from_theirs(family, model, tensors):
-    """Arrays by our names, from tensors by theirs."""
+    """Arrays by our names, from tensors by theirs, in another way than `formats.folder` does."""
     found = {}
     for name, leaf, tensor, stack, inputs, outputs, before in places(family, model):
         value = np.empty(leaf.shape, np.float32)
@@ -166,22 +165,18 @@ def from_theirs(family, model, tensors):
     return found
 
 
-def decoder_of(case):
-    """The model of a case on the current mesh, through its config.json and the table."""
-    given = config_json(case)
-    family = family_of(given)
-    config = family.read(given)
-    model = abstract_decoder(config)
-    values = from_theirs(family, model, tensors_of(family, config))
-    leaves, tree = jax.tree.flatten(model)
-    placed = [
-        jax.device_put(value, leaf.sharding)
-        for value, leaf in zip(values.values(), leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, placed)
+def abstract_decoder(config):
+    served = ServeConfig(config, compute=ComputeConfig(dtype="float32"))
+    return abstract_model(served, make_mesh(MeshConfig(), jax.devices()[:1]), "float32")
 
 
-def computed(case, greedy):
+def decoder_of(place):
+    """The model of a folder, on one device."""
+    model = open_model(place)
+    return model.read(abstract_decoder(model.config))
+
+
+def computed(model, greedy):
     """Logits, mean loss, and its gradients by our names, of `rows(greedy)`."""
     tokens = rows(greedy)
     targets = np.roll(tokens, -1, axis=1)
@@ -198,5 +193,5 @@ def computed(case, greedy):
 
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         batch = (tokens, targets, positions, segments, weights)
-        (loss, logits), gradients = FAST(objective)(decoder_of(case), *batch)
+        (loss, logits), gradients = FAST(objective)(model, *batch)
     return np.asarray(logits), float(loss), dict(named_leaves(gradients))

@@ -127,3 +127,35 @@ def test_compiled_program_never_holds_the_logits_of_all_tokens(monkeypatch):
     assert largest(plain, None) >= tokens * vocab
     with jax.set_mesh(mesh):
         assert largest(loss, mesh) < tokens * vocab / 2
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["plain", "soft_cap"])
+@pytest.mark.parametrize("name", MESHES)
+def test_scores_of_tokens_are_those_of_all_logits(name, cap, monkeypatch):
+    # Chunks smaller than a device's tokens, of which the last is not full.
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
+    x, head, targets, weights = inputs()
+    # Three likeliest tokens, on different devices: greedy decoding takes the first.
+    head[7] = head[20] = head[3]
+    x[0, 0] = x[0, 1] = 5 * head[3]
+    weights[0, :2] = 1
+    targets[0, :2] = 3, 20
+    logits = np.einsum("BTD,VD->BTV", x, head)
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    greedy = np.argmax(logits, axis=-1)
+    targets = np.where(weights == 0.5, greedy, targets).astype(np.int32)
+    loglik = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    counted = weights > 0
+    assert list(greedy[0, :2]) == [3, 3]
+    mesh, rules = mesh_and_rules(name)
+    with jax.set_mesh(mesh):
+        tokens = NamedSharding(mesh, rules("batch", "seq"))
+        args = (
+            jax.device_put(x, NamedSharding(mesh, stream_spec(rules))),
+            jax.device_put(head, NamedSharding(mesh, rules("vocab", "embed"))),
+            jax.device_put(targets, tokens),
+            jax.device_put(counted, tokens),
+        )
+        scores = jax.jit(lambda *args: module.token_scores(*args, rules, cap))(*args)
+    np.testing.assert_allclose(scores[0], np.where(counted, loglik, 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scores[1], counted & (greedy == targets))

@@ -5,13 +5,9 @@ and backward.
 """
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from gradients import compile_gradients
 
-from jaxgen.compiler import compiler_options
-from jaxgen.nn.attention import attend
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh
 
@@ -26,50 +22,20 @@ GIB = 2**30
 CYCLES_PER_BYTE = 1.5e9 / 50e9
 
 
-def compile_gradients(devices, method="ring"):
+def compiled_on(devices, method="ring"):
     mesh = make_mesh(MeshConfig(fsdp=1, context=len(devices)), devices=devices)
-
-    def gradients(q, k, v, positions, segments):
-        def loss(q, k, v):
-            out = attend(
-                q,
-                k,
-                v,
-                q_positions=positions,
-                kv_positions=positions,
-                q_segments=segments,
-                kv_segments=segments,
-                in_order=True,
-                backend="splash",
-                context_method=method,
-            )
-            return out.astype(jnp.float32).sum()
-
-        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-    seq = "context" if len(devices) > 1 else None
-
-    def array(shape, dtype):
-        spec = P(None, seq, *[None] * (len(shape) - 2))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    q, k, v = (
-        array((ROWS, TOKENS, heads, HEAD_DIM), jnp.bfloat16)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    spans = [array((ROWS, TOKENS), jnp.int32) for _ in range(2)]
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(gradients).lower(q, k, v, *spans)
-        return lowered.compile(compiler_options=compiler_options(mesh))
+    spec = (None, "context" if len(devices) > 1 else None, None)
+    options = {"backend": "splash", "context_method": method}
+    return compile_gradients(mesh, ROWS, TOKENS, (HEADS, KV_HEADS), HEAD_DIM, spec, **options)
 
 
 def test_one_device_has_no_room(describe):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        compile_gradients(describe("v5e:2x4")[:1])
+        compiled_on(describe("v5e:2x4")[:1])
 
 
 def test_gathering_fits(describe):
-    compiled = compile_gradients(describe("v5e:2x4"), "all_gather")
+    compiled = compiled_on(describe("v5e:2x4"), "all_gather")
     assert compiled.memory_analysis().peak_memory_in_bytes < 12 * GIB
     sent = {}
     for collective in Program(compiled.as_text()).collectives():
@@ -81,7 +47,7 @@ def test_gathering_fits(describe):
 
 @pytest.fixture(scope="module")
 def ring(describe):
-    return compile_gradients(describe("v5e:2x4"))
+    return compiled_on(describe("v5e:2x4"))
 
 
 def test_the_ring_fits(ring):

@@ -18,8 +18,8 @@ from jaxgen.data.loader import Batch
 from jaxgen.data.sources import Source
 from jaxgen.metrics import MetricsConfig
 from jaxgen.models.config import ComputeConfig, DecoderConfig
-from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.stack import Remat
+from jaxgen.parity import DENSE
 from jaxgen.sharding import MeshConfig, make_mesh
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig
@@ -37,23 +37,8 @@ LLAMA = DecoderConfig(
     mlp_dim=32,
     max_seq_len=32,
 )
-# Every option of the decoder that has a path of its own through the sharding, as in Gemma and Qwen.
-GEMMA = dataclasses.replace(
-    LLAMA,
-    tie_embeddings=True,
-    qk_norm=True,
-    qkv_bias=True,
-    attention_soft_cap=5.0,
-    logit_soft_cap=10.0,
-    norms="pre_post",
-    norm_plus_one=True,
-    embed_scale=4.0,
-    activation="gelu_tanh",
-    sliding_window=5,
-    layer_pattern=("local", "global"),
-    rope_local_theta=100.0,
-    rope_scaling=RopeScaling(kind="linear", factor=2.0),
-)
+# Every option of the decoder that has a path of its own through the sharding.
+GEMMA = dataclasses.replace(DENSE.model, num_layers=2, num_heads=4, num_kv_heads=4, max_seq_len=32)
 ONE = MeshConfig(fsdp=1)
 
 

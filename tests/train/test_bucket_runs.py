@@ -136,7 +136,7 @@ def test_no_bucket_is_one_line(runs):
     said = refused(runs.run("train", runs.local, "--run-dir", f"{where}/run"))
     assert said == f"jaxgen: {where}/run/checkpoints cannot be used: there is no such bucket"
     said = refused(runs.run("generate", f"{where}/run", "--prompt", "x"))
-    assert "absent/run is no run directory and no checkpoint of one" in said
+    assert "absent/run is no model; give a run directory" in said
     data = {"--data.sources": json.dumps([{"kind": "text", "path": f"{where}/*.txt"}])}
     said = refused(runs.run("train", runs.local, *sum(data.items(), ())))
     assert f"{where}/*.txt" in said
@@ -172,7 +172,8 @@ READ = """
 import gzip, json, sys
 import pyarrow, pyarrow.parquet
 from jaxgen.checkpoint.address import resolve
-from jaxgen.data.sources import ReadReport, Source, list_files, read_documents
+from jaxgen.data.documents import ReadReport, read_documents
+from jaxgen.data.sources import Source, list_files
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 

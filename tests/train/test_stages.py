@@ -40,7 +40,6 @@ from jaxgen.train.program import (
     abstract_state,
     batch_sharding,
     lower_evaluation,
-    lower_step,
     make_state,
     relayout,
     stored_state,
@@ -309,4 +308,4 @@ def test_what_a_pipeline_cannot_do_is_refused_in_a_line():
         config, compute=dataclasses.replace(config.compute, gather_once="fsdp")
     )
     with pytest.raises(UserError, match=r"gather_once='fsdp' in a pipeline .* in float32"):
-        lower_step(config, mesh)
+        config.check(mesh)
