@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "checkpoint.manager": ("CheckpointConfig", "CheckpointManager"),
     "compiler": ("enable_compilation_cache",),
-    "config": ("TrainConfig", "load_config", "read_config", "save_config"),
+    "config": ("ServeConfig", "TrainConfig", "load_config", "read_config", "save_config"),
     "data.loader": ("Batch", "Loader"),
     "data.config": ("DataConfig",),
     "data.dataset": ("prepare",),
@@ -29,8 +29,8 @@ _MODULES = {
     "nn.router": ("MoEConfig",),
     "nn.stack": ("Remat",),
     "picture": ("draw_mesh",),
+    "pretrained": ("Pretrained", "load_model", "open_model", "split_location"),
     "serve.generate": ("Generator", "generate", "generate_text"),
-    "serve.load": ("load_model", "split_location"),
     "serve.request": ("SamplingConfig",),
     "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
     "train.evaluate": ("EvalConfig",),

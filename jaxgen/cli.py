@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jaxgen import __version__, fields
-from jaxgen.commands import COMMANDS, OPTIONS, Command, load
+from jaxgen.commands import COMMANDS, FILE, OPTIONS, Command, load
 from jaxgen.errors import UserError
 
 # The user's machine, not our bug: no permission, no space, a read-only or vanished place.
@@ -75,23 +75,27 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
     source, options = command.source, [*command.options, "--devices"]
     parser.usage = f"{parser.prog} {command.usage}"
     if source:
-        parser.usage += " [--field value ...]"
+        parser.usage += "" if source == FILE else " [--field value ...]"
         parser.add_argument("source", nargs="?", **OPTIONS[source])
+    for output in command.outputs:
+        parser.add_argument(output, nargs="?", **OPTIONS[output])
     for option in options:
         parser.add_argument(option, **OPTIONS[option])
     wants_help = "-h" in argv or "--help" in argv
     argv, overrides = _split([arg for arg in argv if arg not in ("-h", "--help")], options)
     args = parser.parse_args(argv, argparse.Namespace(source=None))
+    args.outputs = [getattr(args, output) for output in command.outputs]
     needs_source = args.source is None and command.default is None
     if wants_help:
         print(parser.format_help())
-        if needs_source:
+        if needs_source and source != FILE:
             print(f"jaxgen {name} {source} --help shows the fields too, with their values.")
+        if needs_source:
             return 0
     elif needs_source:
-        raise UserError(
-            f"jaxgen {name} needs {OPTIONS[source]['metavar']}: {OPTIONS[source]['help']}"
-        )
+        raise _needs(name, source)
+    elif None in args.outputs:
+        raise _needs(name, command.outputs[args.outputs.index(None)])
     if args.devices is not None:
         from jaxgen.sharding import simulate_devices
 
@@ -101,6 +105,11 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
         print(_field_help(config))
         return 0
     return command.run(args, config)
+
+
+def _needs(name: str, argument: str) -> UserError:
+    option = OPTIONS[argument]
+    return UserError(f"jaxgen {name} needs {option['metavar']}: {option['help']}")
 
 
 def _split(argv: list[str], options: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -146,7 +155,8 @@ def _overview(group: str = "") -> str:
             "",
             *lines,
             "",
-            "CONFIG is a Python file, such as configs/tiny.py; MODEL is a run directory.",
+            "CONFIG is a Python file, such as configs/tiny.py; MODEL is a run directory,",
+            "one of its checkpoints, or a Hugging Face folder.",
             "Every field of a config can be set: --train.steps 100 --mesh.fsdp 4.",
             "COMMAND --help shows the options, CONFIG --help the fields and their values.",
         ]

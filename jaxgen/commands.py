@@ -17,11 +17,18 @@ from jaxgen.errors import UserError
 
 CONFIG = "CONFIG"
 MODEL = "MODEL"
+FILE = "FILE"
+DIR = "DIR"
 
 
 def _number(metavar: str, text: str, default: int | float) -> dict[str, Any]:
     help = f"{text} (default: {default})"
     return {"type": type(default), "default": default, "metavar": metavar, "help": help}
+
+
+def _sampling(metavar: str, text: str, default: int | float) -> dict[str, Any]:
+    help = f"{text} (default: as the model's generation_config.json says, else {default})"
+    return {"type": type(default), "metavar": metavar, "help": help}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -31,8 +38,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     MODEL: {
         "metavar": "MODEL",
-        "help": "a run directory such as runs/tiny, or one of its checkpoints",
+        "help": "a run directory such as runs/tiny, a checkpoint of one, or a Hugging Face folder",
     },
+    FILE: {"metavar": "FILE", "help": "a GGUF file on this machine"},
+    DIR: {"metavar": "DIR", "help": "the folder to write, new or empty"},
     "--devices": {"type": int, "metavar": "N", "help": "simulate N CPU devices"},
     "--run-dir": {
         "metavar": "DIR",
@@ -44,10 +53,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "TEXT",
         "help": "texts to continue, together in one batch (default: standard input)",
     },
+    "--chat": {
+        "action": "store_true",
+        "help": "each prompt is a user's message; the model's chat template makes a text of it",
+    },
     "--max-tokens": _number("N", "most new tokens per prompt", 128),
-    "--temperature": _number("T", "divides the logits; 0 takes the likeliest token", 0.0),
-    "--top-k": _number("K", "sample among the K likeliest tokens; 0 for all", 0),
-    "--top-p": _number("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
+    "--top-k": _sampling("K", "sample among the K likeliest tokens; 0 for all", 0),
+    "--top-p": _sampling("P", "sample among the likeliest tokens that sum to probability P", 1.0),
     "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
     "--step": _number("N", "the step whose batch is shown", 0),
     "--steps": _number("N", "training steps that are timed, after two that are not", 20),
@@ -59,9 +72,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "the last size, by factors of 4 (default: 67108864, on CPU 4194304)",
     },
     "--dtype": {
-        "choices": ("bfloat16", "float32"),
-        "default": "bfloat16",
-        "help": "of the elements (default: bfloat16)",
+        "choices": ("bfloat16", "float16", "float32"),
+        "help": "of the numbers (default: of collectives bfloat16, of a model as it is stored, "
+        "of a GGUF file float32)",
     },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
@@ -74,20 +87,24 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace, Any], int | None]
     """Returns the exit code where it is not 0."""
     source: str
-    """CONFIG or MODEL; empty if there is nothing to give."""
+    """CONFIG, MODEL or FILE; empty if there is nothing to give."""
     options: tuple[str, ...]
     default: Callable[[], Any] | None = None
     """Makes the config where no source is given; None if one must be."""
+    outputs: tuple[str, ...] = ()
+    """What is given after the source: DIR."""
 
     @property
     def usage(self) -> str:
         """What stands after its name: `CONFIG [options]`."""
         source = f"[{self.source}]" if self.source and self.default else self.source
-        return f"{source} [options]".lstrip()
+        return " ".join(filter(None, (source, *self.outputs, "[options]")))
 
 
 def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
     """Returns the config that a command was asked to run with."""
+    if command.source == FILE:
+        return fields.override(None, overrides)
     if path is None:
         assert command.default is not None
         return fields.override(command.default(), overrides)
@@ -95,13 +112,10 @@ def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
 
     if command.source == CONFIG:
         return config.load_config(path, overrides)
-    from jaxgen.serve.load import split_location
-    from jaxgen.sharding import MeshConfig
+    from jaxgen.pretrained import open_model
 
-    run_dir, _ = split_location(path)
-    # The mesh it was trained on may not be here; any other gives the same text.
-    trained = dataclasses.replace(config.read_config(run_dir), mesh=MeshConfig())
-    return fields.override(trained, overrides)
+    # Not the mesh it was trained on, which may not be here; any other gives the same text.
+    return fields.override(open_model(path).serve_config(), overrides)
 
 
 def _start() -> None:
@@ -127,21 +141,52 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
+    from jaxgen.pretrained import load_model, open_model
     from jaxgen.serve.generate import generate_text
-    from jaxgen.serve.load import load_model
     from jaxgen.serve.request import SamplingConfig
     from jaxgen.sharding import make_mesh
 
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    pretrained = open_model(args.source)
+    if args.chat:
+        from jaxgen.data.chat import template_of
+
+        template_of(pretrained.tokenizer())
+    defaults, chosen = pretrained.generation, {}
+    for field in dataclasses.fields(SamplingConfig):
+        for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
+            if said is not None:
+                chosen.setdefault(field.name, said)
+    sampling = SamplingConfig(**chosen)
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.source, config, mesh)
     with jax.set_mesh(mesh):
-        completions = generate_text(model, tokenizer, prompts, samplings)
+        completions = generate_text(
+            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
+        )
     for prompt, completion in zip(prompts, completions, strict=True):
-        print(prompt + completion)
+        print(completion if args.chat else prompt + completion)
+
+
+def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.formats.gguf import convert
+
+    print(convert(args.source, args.outputs[0], args.dtype or "float32"))
+
+
+def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
+    _start()
+    import jax
+
+    from jaxgen.pretrained import check_empty, load_model, open_model
+    from jaxgen.sharding import make_mesh
+
+    (location,) = args.outputs
+    if jax.process_index() == 0:
+        check_empty(location)
+    model, _ = load_model(args.source, config, make_mesh(config.mesh))
+    open_model(args.source).write(location, model, args.dtype)
 
 
 def _data_pack(args: argparse.Namespace, config: Any) -> None:
@@ -178,7 +223,7 @@ def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
         make_mesh(config.mesh),
         min_bytes=args.min_bytes,
         max_bytes=args.max_bytes,
-        dtype=args.dtype,
+        dtype=args.dtype or "bfloat16",
         iterations=args.iterations,
     )
     if jax.process_index() == 0:
@@ -198,10 +243,24 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "convert from-gguf": Command(
+        "Writes a GGUF file as a Hugging Face folder.",
+        _convert_from_gguf,
+        FILE,
+        ("--dtype",),
+        outputs=(DIR,),
+    ),
+    "convert to-hf": Command(
+        "Writes a model as a Hugging Face folder.",
+        _convert_to_hf,
+        MODEL,
+        ("--dtype",),
+        outputs=(DIR,),
+    ),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),
     "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
     "bench train": Command(

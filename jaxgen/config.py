@@ -106,6 +106,28 @@ class TrainConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """What a trained model is run with: for generation, evaluation, conversion."""
+
+    model: DecoderConfig
+    """The shape of the model."""
+    mesh: MeshConfig = MeshConfig()
+    """How many devices split what."""
+    rules: Rules = Rules()
+    """Which mesh axes split each logical axis."""
+    compute: ComputeConfig = ComputeConfig()
+    """How the model is run: precision, attention backend."""
+
+    def check(self, mesh: Mesh | AbstractMesh) -> None:
+        """Checks the model against a mesh.
+
+        Raises:
+            UserError: a dimension does not divide into its shards, with a way out.
+        """
+        self.model.check_mesh(mesh, self.rules)
+
+
 def load_config(source: str, overrides: Mapping[str, str] | None = None) -> TrainConfig:
     """Runs a config file and returns its config.
 

@@ -3,6 +3,8 @@ r"""Continues prompts with a trained model, on every device of every host.
 One TPU VM, from a run (its newest checkpoint) or one of its checkpoints:
     python3 generate.py runs/mine "def main("
     python3 generate.py runs/mine/checkpoints/00002000 "def main(" "import "
+Or from a Hugging Face folder, wherever it is:
+    python3 generate.py gs://BUCKET/SmolLM2-135M "def main("
 All hosts of a slice, each with this file; the run directory is one that all of them see:
     gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
         --command="python3 generate.py gs://BUCKET/mine 'def main('"
@@ -26,13 +28,14 @@ if __name__ == "__main__":
     prompts = prompts or ["def main("]
     distributed.initialize(os.environ)
     jaxgen.enable_compilation_cache()
-    run_dir, _ = jaxgen.split_location(location)
+    pretrained = jaxgen.open_model(location)
     # Rows of the batch over all devices; tensor=N instead splits the model of a single prompt.
     mesh = jaxgen.make_mesh(jaxgen.MeshConfig(fsdp=-1))
-    model, tokenizer = jaxgen.load_model(location, jaxgen.read_config(run_dir), mesh)
+    model, tokenizer = jaxgen.load_model(location, pretrained.serve_config(), mesh)
     with jax.set_mesh(mesh):
         samplings = [dataclasses.replace(sampling, seed=i) for i in range(len(prompts))]
-        completions = jaxgen.generate_text(model, tokenizer, prompts, samplings)
+        stops = pretrained.generation.stop_ids
+        completions = jaxgen.generate_text(model, tokenizer, prompts, samplings, stops)
     if jax.process_index() == 0:
         for prompt, completion in zip(prompts, completions, strict=True):
             print(prompt + completion)

@@ -79,7 +79,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(capsys, argv, message):
 
 def test_overview_lists_every_command_and_no_other(capsys):
     assert main(["--help"]) == 0
-    listed = re.findall(r"^  jaxgen ([a-z ]+) [A-Z[]", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  jaxgen ([a-z -]+) [A-Z[]", capsys.readouterr().out, re.MULTILINE)
     assert listed == list(COMMANDS)
 
 

@@ -31,9 +31,22 @@ def resolve(address: str | os.PathLike) -> epath.Path:
             f"checkpoints cannot be in {text}: Orbax does not write to {scheme}://; "
             "use gs://, s3://, or a folder (a mounted bucket is one)"
         )
+    prepare(text)
+    return epath.Path(text)
+
+
+def prepare(address: str) -> None:
+    """Sets fsspec up for an address, where it needs that.
+
+    Raises:
+        UserError: the client of its store is not installed.
+    """
+    scheme, separator, _ = address.partition("://")
+    if not separator or scheme not in _CLIENTS:
+        return
     if importlib.util.find_spec(_CLIENTS[scheme]) is None:
         raise UserError(
-            f"{text} needs the package {_CLIENTS[scheme]}; "
+            f"{address} needs the package {_CLIENTS[scheme]}; "
             f"install it: pip install 'jaxgen[{_EXTRAS[scheme]}]'"
         )
     import fsspec
@@ -44,7 +57,6 @@ def resolve(address: str | os.PathLike) -> epath.Path:
     # All of AWS's tools know this variable but Python's, which knows AWS_DEFAULT_REGION alone.
     if scheme == "s3" and (region := os.environ.get("AWS_REGION")):
         settings.setdefault("client_kwargs", {"region_name": region})
-    return epath.Path(text)
 
 
 def is_local(path: epath.Path) -> bool:

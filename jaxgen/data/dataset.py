@@ -9,15 +9,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from jaxgen.data import sources
 from jaxgen.data.cache import build_once, default_cache_dir
+from jaxgen.data.chat import template_of
 from jaxgen.data.config import DataConfig
-from jaxgen.data.pack import pack_documents
-from jaxgen.data.rows import FORMAT, Manifest, PackedRows
-from jaxgen.data.sources import File, ReadReport, Source
+from jaxgen.data.documents import ReadReport, read_conversations, read_documents
+from jaxgen.data.pack import pack_conversations, pack_documents
+from jaxgen.data.rows import FORMAT, MASKED_FORMAT, Manifest, PackedRows
+from jaxgen.data.sources import File, Source
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
+from jaxgen.progress import progress
+
+T = TypeVar("T")
 
 # BPE is trained on this many characters: 8,192 tokens of Python code take 2 to 4 s on two cores.
 _BPE_SAMPLE_CHARS = 10_000_000
@@ -46,8 +52,9 @@ class PackedData:
     @property
     def eval_bytes_per_token(self) -> float:
         """Bytes of held-out text a token; bits per byte = nats per token / ln 2 / this."""
-        tokens = sum(manifest.eval.tokens for manifest in self.manifests)
-        return sum(manifest.eval.text_bytes for manifest in self.manifests) / max(tokens, 1)
+        splits = [manifest.eval for manifest in self.manifests]
+        tokens = sum(split.tokens if split.counted is None else split.counted for split in splits)
+        return sum(split.text_bytes for split in splits) / max(tokens, 1)
 
     @property
     def fingerprint(self) -> str:
@@ -126,6 +133,13 @@ def find(config: DataConfig, seq_len: int) -> Found:
     elif not any(file.size for its_files in files for file in its_files):
         names = ", ".join(source.name for source in config.sources if source.kind != "packed")
         raise UserError(f"{names} holds no text to train a tokenizer on; check the data source")
+    if any(source.kind == "chat" for source in config.sources):
+        if tokenizer is None:
+            raise UserError(
+                "data.tokenizer=bpe has no chat template, which a source of kind chat needs; set "
+                "data.tokenizer to the folder of a model that was tuned to chat"
+            )
+        template_of(tokenizer)
     for source in config.sources:
         if source.kind == "packed":
             folder = pathlib.Path(source.path).expanduser()
@@ -171,7 +185,7 @@ def _sample(pairs: list[tuple[Source, list[File]]], max_chars: int) -> Iterator[
         most = max(int(left) // len(files), 1 << 16)
         for file in sorted(files, key=lambda file: _hash(file.url.rpartition("/")[2])):
             of_file = most
-            for text in sources.read_documents(source, [file], ReadReport()):
+            for text in read_documents(source, [file], ReadReport()):
                 yield text[:of_file]
                 left -= len(text[:of_file])
                 of_file -= len(text)
@@ -189,15 +203,19 @@ def _pack(
     seq_len: int,
     cache: pathlib.Path,
 ) -> pathlib.Path:
-    key = _hash(
-        [FORMAT, _identity(source, files), tokenizer.fingerprint, seq_len, config.eval_fraction]
-    )
+    key_of: list[Any] = [FORMAT, _identity(source, files), tokenizer.fingerprint, seq_len]
+    key_of.append(config.eval_fraction)
+    read: Any = read_documents
+    pack: Any = pack_documents
+    if source.kind == "chat":
+        key_of += [MASKED_FORMAT, template_of(tokenizer)]
+        read, pack = read_conversations, pack_conversations
 
     def build(folder: pathlib.Path) -> None:
         report = ReadReport()
         with _timed(f"packed {source.name}"):
-            texts = sources.read_documents(source, files, report)
-            pack_documents(
+            texts = read(source, files, report)
+            pack(
                 _with_progress(texts, report, source.name, sum(file.size for file in files)),
                 folder,
                 tokenizer=tokenizer,
@@ -214,29 +232,17 @@ def _pack(
                 file=sys.stderr,
             )
 
-    return build_once(cache / f"rows-{key[:24]}", build)
+    return build_once(cache / f"rows-{_hash(key_of)[:24]}", build)
 
 
 def _with_progress(
-    texts: Iterator[str], report: ReadReport, name: str, total_bytes: int
-) -> Iterator[str]:
-    """Passes documents on under a progress bar on a terminal's standard error."""
-    if not sys.stderr.isatty():
-        yield from texts
-        return
-    import rich.console
-    import rich.progress
-
-    columns = (
-        *rich.progress.Progress.get_default_columns(),
-        rich.progress.DownloadColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"packing {name}", total=total_bytes)
+    texts: Iterator[T], report: ReadReport, name: str, total_bytes: int
+) -> Iterator[T]:
+    """Passes documents on under a progress bar."""
+    with progress(f"packing {name}", total_bytes) as show:
         for text in texts:
             yield text
-            progress.update(task, completed=report.bytes_read)
+            show(report.bytes_read)
 
 
 @contextmanager
@@ -247,7 +253,7 @@ def _timed(what: str) -> Iterator[None]:
 
 
 def _identity(source: Source, files: list[File]) -> object:
-    return [source.kind, source.text_field, [dataclasses.astuple(file) for file in files]]
+    return [source.kind, source.field, [dataclasses.astuple(file) for file in files]]
 
 
 def _hash(value: object) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int32
 
 from jaxgen.data.dataset import PackedData
 from jaxgen.data.mixture import Mixture
-from jaxgen.data.rows import PackedRows
+from jaxgen.data.rows import MASKED_TOKEN, PackedRows
 from jaxgen.errors import UserError
 from jaxgen.sharding import logical_to_mesh, zigzag
 
@@ -130,12 +130,14 @@ class Loader:
         for row, place in enumerate(places):
             start = 0
             for segment, ids in enumerate(() if place is None else place[0][place[1]], start=1):
-                end = start + len(ids)
+                end, counted = start + len(ids), True
+                if ids.dtype == MASKED_TOKEN:
+                    ids, counted = ids["id"], ids["counted"][1:]
                 batch.tokens[row, start:end] = ids
                 batch.targets[row, start : end - 1] = ids[1:]
                 batch.positions[row, start:end] = np.arange(len(ids))
                 batch.segments[row, start:end] = segment
-                batch.weights[row, start : end - 1] = 1
+                batch.weights[row, start : end - 1] = counted
                 start = end
         return batch
 

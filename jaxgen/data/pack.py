@@ -2,14 +2,19 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from jaxgen.data.chat import Conversation, encode_chats
+from jaxgen.data.documents import ReadReport
 from jaxgen.data.rows import (
     FORMAT,
+    MASKED_FORMAT,
+    MASKED_TOKEN,
     SPLITS,
     Manifest,
     ShardWriter,
@@ -19,7 +24,6 @@ from jaxgen.data.rows import (
     open_shard,
     shard_name,
 )
-from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 
@@ -29,6 +33,9 @@ _WINDOW = 1024
 
 # Documents are encoded together by this many characters, enough to keep every core busy.
 _ENCODE_CHARS = 4 << 20
+
+# Conversations are encoded together by this many.
+_ENCODE_CHATS = 1000
 
 # A document longer than this is held out, or not, in parts: one large file must have both.
 _SPLIT_TOKENS = 8192
@@ -99,11 +106,14 @@ class _SplitWriter:
         self._writer: ShardWriter | None = None
         self._digest = hashlib.sha256()
         self.rows = self.tokens = self.text_bytes = 0
+        self.counted: int | None = None
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Cuts ids into pieces of at most a row, and packs those."""
         self.tokens += len(ids)
         self.text_bytes += text_bytes
+        if ids.dtype == MASKED_TOKEN:
+            self.counted = (self.counted or 0) + int(ids["counted"].sum())
         for start in range(0, len(ids), self._seq_len):
             for row in self._packer.add(ids[start : start + self._seq_len]):
                 self._write(row)
@@ -114,7 +124,7 @@ class _SplitWriter:
         self._close()
         shards = sorted(self._folder.glob(f"{self._split}-*"))
         sizes = tuple(shard.stat().st_size for shard in shards)
-        return SplitInfo(self.rows, self.tokens, self.text_bytes, sizes)
+        return SplitInfo(self.rows, self.tokens, self.text_bytes, sizes, self.counted)
 
     def digest(self) -> bytes:
         return self._digest.digest()
@@ -157,18 +167,98 @@ def pack_documents(
     Raises:
         UserError: there is no document.
     """
+    documents = (
+        (text.encode(), len(text.encode()), ids) for text, ids in _encode(texts, tokenizer)
+    )
+    return _write(
+        documents,
+        folder,
+        format=FORMAT,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        eval_fraction=eval_fraction,
+        source=source,
+        files=files,
+        report=report,
+    )
+
+
+def pack_conversations(
+    conversations: Iterable[Conversation],
+    folder: pathlib.Path,
+    *,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    eval_fraction: float,
+    source: str,
+    files: int,
+    report: ReadReport,
+) -> Manifest:
+    """Does what `pack_documents` does, with a mask of the tokens that count.
+
+    A conversation is what the chat template writes, and nothing else. One longer than a row ends
+    with it, for what follows could not be told without it; one that is left without a token that
+    counts is left out. Both are counted in `report`.
+
+    Raises:
+        UserError: there is no conversation, or as `chat.encode_chats`.
+    """
+
+    def encode() -> Iterator[_Document]:
+        left = iter(conversations)
+        for some in iter(lambda: list(itertools.islice(left, _ENCODE_CHATS)), []):
+            for text, ids, counted in encode_chats(tokenizer, some):
+                report.cut += len(ids) > seq_len
+                tokens = np.empty(min(len(ids), seq_len), MASKED_TOKEN)
+                tokens["id"], tokens["counted"] = ids[:seq_len], counted[:seq_len]
+                # Nothing stands before the first token from which it could be told.
+                if not tokens["counted"][1:].any():
+                    report.unanswered += 1
+                    continue
+                said = tokenizer.decode(tokens["id"][tokens["counted"]], special=True)
+                yield text.encode(), len(said.encode()), tokens
+
+    return _write(
+        encode(),
+        folder,
+        format=MASKED_FORMAT,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        eval_fraction=eval_fraction,
+        source=source,
+        files=files,
+        report=report,
+    )
+
+
+_Document = tuple[bytes, int, np.ndarray]
+"""A text, how many bytes of it count, and its tokens."""
+
+
+def _write(
+    documents: Iterable[_Document],
+    folder: pathlib.Path,
+    *,
+    format: int,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    eval_fraction: float,
+    source: str,
+    files: int,
+    report: ReadReport,
+) -> Manifest:
+    """Packs encoded documents; see `pack_documents`."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     train, held_out = writers = [_SplitWriter(folder, s, seq_len, dtype) for s in SPLITS]
     block = max(1, _SPLIT_TOKENS // seq_len) * seq_len
-    documents, last = 0, None
-    for text, ids in _encode(texts, tokenizer):
-        documents += 1
-        raw = text.encode()
+    num_documents, last = 0, None
+    for raw, size, ids in documents:
+        num_documents += 1
         key = hashlib.blake2b(raw, digest_size=8).digest()
         for part, start in enumerate(range(0, len(ids), block)):
             piece = ids[start : start + block]
             done = min(start + block, len(ids))
-            num_bytes = len(raw) * done // len(ids) - len(raw) * start // len(ids)
+            num_bytes = size * done // len(ids) - size * start // len(ids)
             draw = hashlib.blake2b(key + part.to_bytes(8), digest_size=8).digest()
             if int.from_bytes(draw) < eval_fraction * 2**64:
                 held_out.add(piece, num_bytes)
@@ -180,17 +270,18 @@ def pack_documents(
     if last is not None:
         spare = eval_fraction > 0 and train.tokens > 0 and held_out.tokens == 0
         (held_out if spare else train).add(*last)
-    if documents == 0:
+    if num_documents == 0:
         raise UserError(
             f"{source} holds no text: {files} files, {report.undecodable} documents that are not "
-            f"UTF-8, {report.empty} empty; check the data source"
+            f"UTF-8, {report.empty} empty, {report.unanswered} without an answer; check the data "
+            "source"
         )
     info = [writer.finish() for writer in writers]
     manifest = Manifest(
-        format=FORMAT,
+        format=format,
         source=source,
         files=files,
-        documents=documents,
+        documents=num_documents,
         undecodable=report.undecodable,
         undecodable_examples=tuple(report.undecodable_examples),
         empty=report.empty,
@@ -202,6 +293,8 @@ def pack_documents(
         train=info[0],
         eval=info[1],
         digest=hashlib.sha256(train.digest() + held_out.digest()).hexdigest(),
+        cut=report.cut,
+        unanswered=report.unanswered,
     )
     tokenizer.save(str(folder))
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=2))

@@ -2,7 +2,8 @@
 
 A row is up to `seq_len` tokens of one or more documents. A record holds it as little-endian
 `uint32` counts (how many segments, then their lengths) and the tokens as `uint16`, or `uint32` for
-a vocabulary above 65,536. Segment ids and positions follow from the lengths.
+a vocabulary above 65,536. Segment ids and positions follow from the lengths. Conversations have a
+bit a token besides, at the end of the record: whether it counts, being the assistant's.
 """
 
 import dataclasses
@@ -19,6 +20,9 @@ from array_record.python.array_record_module import ArrayRecordWriter as ShardWr
 from jaxgen.errors import UserError
 
 FORMAT = 1
+# The format of conversations, which a reader that knows no masks must not take.
+MASKED_FORMAT = 2
+MASKED_TOKEN = np.dtype([("id", np.int32), ("counted", np.bool_)])
 SPLITS = ("train", "eval")
 
 
@@ -29,9 +33,11 @@ class SplitInfo:
     rows: int
     tokens: int
     text_bytes: int
-    """Bytes of UTF-8 that the tokens stand for."""
+    """Bytes of UTF-8 that the tokens stand for; of conversations, those that count."""
     shard_bytes: tuple[int, ...]
     """Size of each shard's file."""
+    counted: int | None = None
+    """Of conversations, the tokens that count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Manifest:
     eval: SplitInfo
     digest: str
     """SHA-256 of all rows: two packs with one digest give the same batches."""
+    cut: int = 0
+    """Conversations that were longer than a row, and end with it."""
+    unanswered: int = 0
+    """Conversations left out because nothing in a row of them counts."""
 
     @staticmethod
     def read(folder: pathlib.Path) -> "Manifest":
@@ -66,9 +76,10 @@ class Manifest:
         path = folder / "manifest.json"
         try:
             fields = json.loads(path.read_text())
-            if fields["format"] != FORMAT:
+            if fields["format"] not in (FORMAT, MASKED_FORMAT):
                 raise UserError(
-                    f"{path} has format {fields['format']}, not {FORMAT}; pack it again"
+                    f"{path} has format {fields['format']}, not {FORMAT} or {MASKED_FORMAT}; "
+                    "pack it again"
                 )
             for split in SPLITS:
                 split_fields = fields[split]
@@ -105,7 +116,7 @@ class PackedRows:
         return self.info.rows
 
     def __getitem__(self, index: int) -> list[np.ndarray]:
-        """Returns the segments of one row as int32 ids."""
+        """Returns the segments of one row as int32 ids, or as `MASKED_TOKEN`."""
         shard, record = divmod(index, self.manifest.rows_per_shard)
         with self._lock:
             if shard not in self._readers:
@@ -125,14 +136,23 @@ def shard_name(split: str, number: int) -> str:
 def encode_row(row: list[np.ndarray], dtype: np.dtype) -> bytes:
     """Returns the record of a row of segments."""
     counts = np.array([len(row), *map(len, row)], "<u4")
-    return counts.tobytes() + np.concatenate(row).astype(dtype).tobytes()
+    tokens = np.concatenate(row)
+    if tokens.dtype != MASKED_TOKEN:
+        return counts.tobytes() + tokens.astype(dtype).tobytes()
+    mask = np.packbits(tokens["counted"])
+    return counts.tobytes() + tokens["id"].astype(dtype).tobytes() + mask.tobytes()
 
 
 def decode_row(record: bytes, dtype: np.dtype) -> list[np.ndarray]:
-    """Returns the segments that `encode_row` was given, as int32."""
+    """Returns the segments that `encode_row` was given, as int32 or as `MASKED_TOKEN`."""
     count = int(np.frombuffer(record, "<u4", 1)[0])
     lengths = np.frombuffer(record, "<u4", count, 4)
-    tokens = np.frombuffer(record, dtype, offset=4 * (count + 1)).astype(np.int32)
+    start, size = 4 * (count + 1), int(lengths.sum())
+    tokens = np.frombuffer(record, dtype, size, start).astype(np.int32)
+    if len(record) > (end := start + size * dtype.itemsize):
+        ids, tokens = tokens, np.empty(size, MASKED_TOKEN)
+        tokens["id"] = ids
+        tokens["counted"] = np.unpackbits(np.frombuffer(record, np.uint8, offset=end), count=size)
     return np.split(tokens, np.cumsum(lengths)[:-1])
 
 

@@ -1,9 +1,14 @@
 """What `jaxgen data pack` and `jaxgen data show` print."""
 
+import itertools
+
+import numpy as np
+
 from jaxgen.data.config import DataConfig
 from jaxgen.data.dataset import PackedData, prepare
 from jaxgen.data.loader import Loader
 from jaxgen.data.rows import SPLITS
+from jaxgen.data.tokenizer import Tokenizer
 
 
 def pack(config: DataConfig, seq_len: int) -> str:
@@ -26,13 +31,20 @@ def summary(packed: PackedData) -> str:
             f"  read     {manifest.files:,} files, {manifest.documents:,} documents; left out "
             f"{manifest.undecodable:,} not UTF-8, {manifest.empty:,} empty",
         ]
+        if manifest.train.counted is not None:
+            lines.append(
+                f"           {manifest.cut:,} longer than a row, which end with it; left out "
+                f"{manifest.unanswered:,} without an answer in it"
+            )
         lines += [f"           not UTF-8: {example}" for example in manifest.undecodable_examples]
         for split in SPLITS:
             info = getattr(manifest, split)
             filled = info.tokens / max(info.rows * manifest.seq_len, 1)
             lines.append(
                 f"  {split:<9}{info.rows:,} rows of {manifest.seq_len}, {info.tokens:,} tokens "
-                f"({filled:.1%} of the rows), {info.text_bytes:,} bytes of text"
+                f"({filled:.1%} of the rows), "
+                + ("" if info.counted is None else f"{info.counted:,} of them count, ")
+                + f"{info.text_bytes:,} bytes of text"
             )
     return "\n".join(lines)
 
@@ -41,6 +53,8 @@ def show(
     config: DataConfig, seq_len: int, batch_size: int, step: int, max_rows: int | None = None
 ) -> str:
     """Returns the batch of a step as the model sees it: its rows, their documents, their text.
+
+    Of conversations, what the model learns to say stands between ⟦ and ⟧.
 
     Args:
         config: the data of the run.
@@ -65,7 +79,24 @@ def show(
             own = segments == segment
             tokens, targets = batch.tokens[row, own].tolist(), int(batch.weights[row, own].sum())
             lines.append(f"--- document {segment}: {len(tokens)} tokens, {targets} targets")
-            lines.append(packed.tokenizer.decode(tokens, special=True))
+            text = packed.tokenizer.decode(tokens, special=True)
+            if targets < len(tokens) - 1:
+                text = _mark(packed.tokenizer, tokens, np.asarray(batch.weights[row, own][:-1]) > 0)
+            lines.append(text)
         if (segments == 0).any():
             lines.append(f"--- padding: {int((segments == 0).sum())} tokens")
     return "\n".join(lines)
+
+
+def _mark(tokenizer: Tokenizer, tokens: list[int], counted: np.ndarray) -> str:
+    """Returns text in which those tokens stand between marks that `counted`, from the second, says.
+
+    A character whose bytes are several tokens is whole, for it counts as a whole.
+    """
+    parts = []
+    for marked, run in itertools.groupby(
+        zip([False, *counted], tokens, strict=True), lambda x: x[0]
+    ):
+        text = tokenizer.decode([token for _, token in run], special=True)
+        parts.append(f"\u27e6{text}\u27e7" if marked else text)
+    return "".join(parts)

@@ -1,11 +1,10 @@
-"""Documents from files: text and code by glob, JSONL, Parquet, wherever fsspec can read.
+"""Where documents come from, and files at any location that fsspec can reach.
 
 The order of the documents is the sorted order of the files, so two machines that see the same
 files pack the same rows.
 """
 
 import dataclasses
-import json
 import os
 import re
 import sysconfig
@@ -15,7 +14,7 @@ from typing import IO, Any, Literal, get_args
 
 from jaxgen.errors import UserError, is_of_store
 
-Kind = Literal["stdlib", "text", "jsonl", "parquet", "packed"]
+Kind = Literal["stdlib", "text", "jsonl", "parquet", "chat", "packed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +22,15 @@ class Source:
     """Where documents come from, and how often they are drawn."""
 
     kind: Kind = "stdlib"
-    """`text` (a file is a document), `jsonl`, `parquet`, `packed` (a folder that `jaxgen data pack`
-    made elsewhere), or `stdlib`: the source code of the running Python's standard library."""
+    """`text` (a file is a document), `jsonl`, `parquet`, `chat` (conversations in either, of which
+    the assistant's turns count), `packed` (a folder that `jaxgen data pack` made elsewhere), or
+    `stdlib`: the source code of the running Python's standard library."""
     path: str = ""
     """A file, a glob (`data/**/*.py`) or a URL of either (`gs://bucket/*.jsonl`). Empty for
     `stdlib`. Names that begin with a dot are not matched by a wildcard."""
-    text_field: str = "text"
-    """The JSONL key or Parquet column that holds the document."""
+    text_field: str = ""
+    """The JSONL key or Parquet column that holds the document. Empty: `text`, of conversations
+    `messages`."""
     weight: float = 1.0
     """Share of the training rows relative to the other sources' weights."""
 
@@ -43,10 +44,15 @@ class Source:
         if self.kind == "stdlib" and self.path:
             raise UserError(
                 f"data source path={self.path!r} has kind=stdlib, which takes no path; "
-                "use kind=text, jsonl or parquet"
+                "use kind=text, jsonl, parquet or chat"
             )
         if not self.weight > 0:
             raise UserError(f"data source weight={self.weight}; use a positive number")
+
+    @property
+    def field(self) -> str:
+        """The key or column that holds the document."""
+        return self.text_field or ("messages" if self.kind == "chat" else "text")
 
     @property
     def name(self) -> str:
@@ -63,30 +69,6 @@ class File:
     version: str
 
 
-@dataclasses.dataclass
-class ReadReport:
-    """What reading a source has met so far."""
-
-    bytes_read: int = 0
-    """Of the files' sizes, for a progress bar."""
-    undecodable: int = 0
-    """Documents left out because they are not UTF-8."""
-    undecodable_examples: list[str] = dataclasses.field(default_factory=list)
-    """Where the first ten of them are."""
-    empty: int = 0
-    """Documents left out because they hold no text."""
-
-    def decode(self, raw: bytes, where: str) -> str | None:
-        """Returns the text, or None after counting a document that is not UTF-8."""
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            self.undecodable += 1
-            if len(self.undecodable_examples) < 10:
-                self.undecodable_examples.append(where)
-            return None
-
-
 def list_files(source: Source) -> list[File]:
     """Returns the source's files, sorted by location.
 
@@ -99,37 +81,49 @@ def list_files(source: Source) -> list[File]:
     return sorted(files, key=lambda file: file.url)
 
 
-def read_documents(source: Source, files: list[File], report: ReadReport) -> Iterator[str]:
-    """Yields the documents of `files` in order.
-
-    A document that is not UTF-8 or holds no text is left out and counted in `report`.
-
-    Raises:
-        UserError: a file is not of the source's kind, or a record lacks the text field.
-    """
-    read = {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(source.kind, _read_text)
-    done = 0
-    for file in files:
-        report.bytes_read = done
-        for text in read(file, source.text_field, report):
-            # A compressed file holds more text than its size; the bar must not run past it.
-            report.bytes_read = min(report.bytes_read + len(text), done + file.size)
-            if text.strip():
-                yield text
-            else:
-                report.empty += 1
-        done += file.size
-        report.bytes_read = done
-
-
 def read_bytes(url: str) -> bytes:
     """Returns the content of a file at any location.
 
     Raises:
         UserError: it is missing or cannot be read.
     """
-    with _open(url) as file:
+    with open_bytes(url) as file:
         return file.read()
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Returns bytes `start` to `stop` of a file at any location; fewer where it ends before.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs.cat_file(path, start=start, end=stop)
+
+
+def size(url: str) -> int:
+    """Returns how many bytes a file at any location has.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs.size(path)
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing is below a location, which need not be there."""
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        return not fs.exists(path) or (fs.isdir(path) and not fs.ls(path, detail=False))
 
 
 def exists(url: str) -> bool:
@@ -153,6 +147,22 @@ def write_bytes(url: str, content: bytes) -> None:
         fs, path = fsspec.core.url_to_fs(url)
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path, content)
+
+
+@contextmanager
+def writing(url: str) -> Iterator[IO[bytes]]:
+    """Yields a file at any location to write into, and makes its folder.
+
+    Raises:
+        UserError: the location cannot be written.
+    """
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with fs.open(path, "wb") as file:
+            yield file
 
 
 def _list_stdlib() -> list[File]:
@@ -201,71 +211,13 @@ def _hidden(name: str, spelt_out: int) -> bool:
     return "/." in name[max(folder, 0) :]
 
 
-def _read_text(file: File, text_field: str, report: ReadReport) -> Iterator[str]:
-    del text_field
-    text = report.decode(read_bytes(file.url), file.url)
-    if text is not None:
-        yield text
-
-
-def _read_jsonl(file: File, text_field: str, report: ReadReport) -> Iterator[str]:
-    with _open(file.url) as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{file.url}:{number}"
-            line = report.decode(raw, where)
-            if line is None or not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not JSON ({error}); correct or remove it") from None
-            if not isinstance(record, dict) or text_field not in record:
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(
-                    f"{where} has no field {text_field!r} but {keys}; set the source's text_field"
-                )
-            text = _text_of(record[text_field], where, text_field)
-            # JSON can spell half of a surrogate pair, which is no character.
-            if report.decode(text.encode("utf-8", "surrogatepass"), where) is not None:
-                yield text
-
-
-def _read_parquet(file: File, text_field: str, report: ReadReport) -> Iterator[str]:
-    del report  # Parquet's strings are UTF-8 by its own format.
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file.url} needs pyarrow to be read; install it with: pip install 'jaxgen[parquet]'"
-        ) from None
-    with _open(file.url) as content:
-        try:
-            table = pyarrow.parquet.ParquetFile(content)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file.url} is not a Parquet file: {error}") from None
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise UserError(
-                f"{file.url} has no column {text_field!r} but {', '.join(names)}; "
-                "set the source's text_field"
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                yield _text_of(value, file.url, text_field)
-
-
-def _text_of(value: Any, where: str, text_field: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{where}: field {text_field!r} holds {type(value).__name__}, not text; "
-            "set the source's text_field"
-        )
-    return value or ""
-
-
 @contextmanager
-def _open(url: str) -> Iterator[IO[bytes]]:
+def open_bytes(url: str) -> Iterator[IO[bytes]]:
+    """Yields a file at any location to read from, decompressed by its name.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
     with _advice(url):
         import fsspec
 

@@ -6,7 +6,8 @@ and every one of them is a file that other software can read.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ _SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_TEMPLATE = "chat_template.jinja"
+
 # A longer text is encoded in parts cut at line ends: an Encoding takes some 100 bytes a token.
 _MAX_CHARS = 1 << 20
 
@@ -41,14 +44,42 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         bos_id: the token that begins a text, or None where the vocabulary has none.
         eos_id: the token that ends a text.
+        begin: the ids that stand before every text, in training as in prompts.
+        chat_template: what writes a conversation as text, see `chat.render`; None where the
+            tokenizer is not of a chat model.
+        special_names: what chat templates may name: bos_token, eos_token, ...
+        special_ids: the tokens that no text stands for.
         pad_id: what fills a row that has no more text; the model never sees it as a target.
         fingerprint: a hash of everything that changes what `encode` returns.
     """
 
-    def __init__(self, model: tokenizers.Tokenizer, *, bos: str | None, eos: str, pad: str | None):
+    def __init__(
+        self,
+        model: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: str,
+        pad: str | None,
+        begin: tuple[int, ...] | None = None,
+        chat_template: str | None = None,
+        config: Mapping[str, Any] = types.MappingProxyType({}),
+    ):
+        """Makes a tokenizer.
+
+        Args:
+            model: of the library; it is changed.
+            bos: name of the token that begins a text.
+            eos: name of the token that ends a text.
+            pad: name of the token that fills; None: `eos`.
+            begin: None: `bos`, where there is one.
+            chat_template: see above.
+            config: what else tokenizer_config.json says, to be written again by `save`.
+        """
         model.no_truncation()
         model.no_padding()
         self.json = model.to_str()
+        # It would move the offsets of tokens, and what it adds is `begin`.
+        model.post_processor = None  # type: ignore[assignment]
         self._special = model
         # A document that quotes "<|end_of_text|>" must not end there.
         self._plain = tokenizers.Tokenizer.from_str(self.json)
@@ -58,8 +89,19 @@ class Tokenizer:
         self.bos_id = None if bos is None else self._id(bos)
         self.eos_id = self._id(eos)
         self.pad_id = self.eos_id if pad is None else self._id(pad)
-        names = json.dumps(self._names, sort_keys=True)
-        self.fingerprint = hashlib.sha256((self.json + names).encode()).hexdigest()
+        self.special_ids = frozenset(
+            n for n, t in model.get_added_tokens_decoder().items() if t.special
+        )
+        usual = () if self.bos_id is None else (self.bos_id,)
+        self.begin = usual if begin is None else begin
+        self.chat_template = chat_template
+        self._config = dict(config)
+        named = {key: _token_name(config[key]) for key in config if key.endswith("_token")}
+        self.special_names = {k: name for k, name in (named | self._names).items() if name}
+        key = self.json + json.dumps(self._names, sort_keys=True)
+        if self.begin != usual:
+            key += json.dumps(self.begin)
+        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
 
     @staticmethod
     def from_bytes() -> "Tokenizer":
@@ -93,7 +135,8 @@ class Tokenizer:
         """Returns the tokenizer in a `tokenizer.json`, or in a folder that holds one.
 
         A `tokenizer_config.json` beside it names the special tokens; without one they are found by
-        the names that published tokenizers use.
+        the names that published tokenizers use. A text begins with what the file's own
+        post-processor puts there, unless `add_bos_token` of that config says otherwise.
 
         Raises:
             UserError: nothing is there, it is not a tokenizer, or it has no end of text.
@@ -124,15 +167,30 @@ class Tokenizer:
         pad = _token_name(config.get("pad_token")) or next(
             (t for t in _KNOWN_PAD if t in vocab), None
         )
-        return Tokenizer(model, bos=bos, eos=eos, pad=pad)
+        begin, template = _read_begin(model, config), _read_template(folder, config)
+        return Tokenizer(
+            model, bos=bos, eos=eos, pad=pad, begin=begin, chat_template=template, config=config
+        )
 
     def save(self, folder: str) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json` into a folder at any location."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
-        sources.write_bytes(f"{folder}/tokenizer.json", self.json.encode())
-        sources.write_bytes(
-            f"{folder}/tokenizer_config.json", json.dumps(config, indent=2).encode()
-        )
+        """Writes the files that `load` reads into a folder at any location.
+
+        They are `tokenizer.json`, `tokenizer_config.json` and, for a chat model,
+        `chat_template.jinja`.
+        """
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self._names}
+        # The template has its own file; code of others does not come along.
+        config = {k: v for k, v in config.items() if k not in ("chat_template", "auto_map")}
+        if self.begin in ((), (self.bos_id,)):
+            config["add_bos_token"] = self.begin != ()
+        files = {
+            "tokenizer.json": self.json,
+            "tokenizer_config.json": json.dumps(config, indent=2),
+            _TEMPLATE: self.chat_template,
+        }
+        for name, text in files.items():
+            if text is not None:
+                sources.write_bytes(f"{folder}/{name}", text.encode())
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of a text, without begin and end.
@@ -146,19 +204,27 @@ class Tokenizer:
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids from which a model goes on: the begin of text, then the text."""
-        begin = [] if self.bos_id is None else [self.bos_id]
-        return begin + self.encode(text, special=special)
+        return [*self.begin, *self.encode(text, special=special)]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns each text's int32 ids, and the characters [start, end) of each, using all cores.
+
+        Names of special tokens stand for those tokens; nothing is added.
+        """
+        return [
+            (np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int64).reshape(-1, 2))
+            for found in self._special.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns each text as int32 ids with its begin and end, using all cores."""
         parts = [_split_long(text) for text in texts]
         flat = [part for document in parts for part in document]
         encoded = iter(self._plain.encode_batch_fast(flat, add_special_tokens=False))
-        begin = [] if self.bos_id is None else [self.bos_id]
         documents = []
         for document in parts:
             ids = [np.asarray(next(encoded).ids, np.int32) for _ in document]
-            ends = np.asarray(begin, np.int32), np.asarray([self.eos_id], np.int32)
+            ends = np.asarray(self.begin, np.int32), np.asarray([self.eos_id], np.int32)
             documents.append(np.concatenate([ends[0], *ids, ends[1]]))
         return documents
 
@@ -270,5 +336,30 @@ def _read_config(url: str) -> dict[str, Any]:
         raise UserError(f"{url} is not JSON ({error}); correct or remove it") from None
 
 
+def _read_begin(model: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Returns what stands before a text; None for the begin of text, where there is one."""
+    add = config.get("add_bos_token")
+    if config.keys() == {"tokenizer_class", "bos_token", "eos_token", "pad_token"}:
+        # Written by `save` when there was always a begin of text.
+        add = True
+    if add is not None:
+        return None if add else ()
+    plain, whole = model.encode("a", add_special_tokens=False).ids, model.encode("a").ids
+    starts = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _read_template(folder: str, config: Mapping[str, Any]) -> str | None:
+    if sources.exists(f"{folder}/{_TEMPLATE}"):
+        return sources.read_bytes(f"{folder}/{_TEMPLATE}").decode()
+    found = config.get("chat_template")
+    if found is None:
+        found = _read_config(f"{folder}/chat_template.json").get("chat_template")
+    if isinstance(found, list):
+        found = {one["name"]: one["template"] for one in found}.get("default")
+    return found
+
+
 def _token_name(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None

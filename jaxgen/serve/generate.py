@@ -13,6 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import reshard
 
+from jaxgen.data.chat import encode_prompt
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
@@ -160,16 +161,28 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig | Sequence[SamplingConfig],
+    stop_ids: Sequence[int] = (),
+    *,
+    chat: bool = False,
 ) -> list[str]:
-    """Returns the text that follows each prompt, up to the tokenizer's end of text.
+    """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
+
+    With `chat` a prompt is a user's message and the text an answer, by the model's chat template.
 
     Raises:
-        UserError: as `Generator`, or the tokenizer has tokens that the model has not.
+        UserError: as `Generator`, or the tokenizer has tokens that the model has not, or no chat
+            template.
     """
     generator = model if isinstance(model, Generator) else Generator(model)
     check_vocab(tokenizer, generator.model.config.vocab_size)
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return [tokenizer.decode(row) for row in generator(ids, sampling, [tokenizer.eos_id])]
+    if chat:
+        ids = [
+            encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts
+        ]
+    else:
+        ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    stops = list(dict.fromkeys([*stop_ids, tokenizer.eos_id]))
+    return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from corpus import texts
 
+from jaxgen.data.documents import ReadReport
 from jaxgen.data.pack import RowPacker, pack_documents
 from jaxgen.data.rows import Manifest, PackedRows, decode_row, encode_row
-from jaxgen.data.sources import ReadReport
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 

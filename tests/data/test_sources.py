@@ -5,7 +5,8 @@ import sys
 import fsspec
 import pytest
 
-from jaxgen.data.sources import ReadReport, Source, list_files, read_documents
+from jaxgen.data.documents import ReadReport, read_documents
+from jaxgen.data.sources import Source, list_files
 from jaxgen.errors import UserError
 
 

@@ -110,8 +110,81 @@ def test_special_tokens_of_a_published_tokenizer(tmp_path):
     named = Tokenizer.load(str(tmp_path))
     assert (named.bos_id, named.eos_id, named.pad_id) == (None, 4, 3)
     assert named.encode_prompt("a") == [0]
-    assert found.encode_prompt("a") == [2, 0]
+    assert found.encode_prompt("a") == [0]
     assert named.fingerprint != found.fingerprint
+
+
+def save_outside(folder, config, *, post_processor=True):
+    model = outside_tokenizer("<s>", "</s>")
+    if post_processor:
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+        )
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "add", "begin"),
+    [
+        (True, None, (2,)),
+        (False, None, ()),
+        (True, False, ()),
+        (False, True, (2,)),
+    ],
+)
+def test_what_begins_a_text_is_what_the_files_say(tmp_path, post_processor, add, begin):
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "?", "model_max_length": 9}
+    config |= {} if add is None else {"add_bos_token": add}
+    found = save_outside(tmp_path, config, post_processor=post_processor)
+    assert found.begin == begin
+    assert found.encode_prompt("a") == [*begin, 0]
+    assert found.encode_documents(["a"])[0].tolist() == [*begin, 0, 3]
+    found.save(str(tmp_path / "again"))
+    again = Tokenizer.load(str(tmp_path / "again"))
+    assert (again.begin, again.fingerprint) == (found.begin, found.fingerprint)
+    # What other software reads there is kept.
+    kept = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert kept == {
+        **config, "pad_token": None, "add_bos_token": bool(begin),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+
+
+def test_a_tokenizer_that_was_saved_before_still_begins_texts(tmp_path):
+    # These four keys, and no post-processor, are what runs wrote when every text had a begin.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    config |= {"eos_token": "</s>", "pad_token": None}
+    assert save_outside(tmp_path, config, post_processor=False).encode_prompt("a") == [2, 0]
+
+
+@pytest.mark.parametrize("place", ["config", "named", "jinja", "json"])
+def test_the_chat_template_is_found_and_kept(tmp_path, place):
+    config = {"eos_token": "</s>"}
+    if place in ("config", "jinja"):
+        config["chat_template"] = "other" if place == "jinja" else "{{ 1 }}\n"
+    if place == "named":
+        named = {"tool_use": "other", "default": "{{ 1 }}\n"}
+        config["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
+    if place == "jinja":
+        (tmp_path / "chat_template.jinja").write_text("{{ 1 }}\n")
+    if place == "json":
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 1 }}\n"}))
+    found = save_outside(tmp_path, config)
+    assert found.chat_template == "{{ 1 }}\n"
+    found.save(str(tmp_path / "again"))
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ 1 }}\n"
+    assert Tokenizer.load(str(tmp_path / "again")).chat_template == "{{ 1 }}\n"
+
+
+def test_offsets_point_at_the_characters_of_a_token(bpe):
+    text = " é漢😀 end" + EOS
+    ((ids, offsets),) = bpe.encode_with_offsets([text])
+    assert ids.tolist() == bpe.encode(text, special=True)
+    assert offsets[-1].tolist() == [len(text) - len(EOS), len(text)]
+    assert offsets[0][0] == 0
+    assert set(range(len(text))) == {n for start, end in offsets for n in range(start, end)}
 
 
 def test_what_is_no_tokenizer(tmp_path):

@@ -172,7 +172,8 @@ READ = """
 import gzip, json, sys
 import pyarrow, pyarrow.parquet
 from jaxgen.checkpoint.address import resolve
-from jaxgen.data.sources import ReadReport, Source, list_files, read_documents
+from jaxgen.data.documents import ReadReport, read_documents
+from jaxgen.data.sources import Source, list_files
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 

@@ -1,0 +1,135 @@
+"""Models in GGUF made into Hugging Face folders, a tensor at a time.
+
+Weights are dequantised. What GGUF changes of a published model is changed back: the order of rotary
+rows, Gemma's norm weights, frequencies that stand for a scaling.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.errors import UserError
+from jaxgen.formats import safetensors
+from jaxgen.formats.gguf_config import LEFT_OUT, TOP, Architecture, Dtype, architecture_of, configs
+from jaxgen.formats.gguf_file import GGUFFile
+from jaxgen.formats.gguf_tokenizer import tokenizer_files
+from jaxgen.formats.safetensors import Spec
+from jaxgen.progress import progress
+
+_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+
+
+def convert(path: str | os.PathLike, out: str | os.PathLike, dtype: Dtype = "float32") -> str:
+    """Writes a GGUF file as a Hugging Face folder, one tensor after the other.
+
+    Args:
+        path: the GGUF file, on this machine.
+        out: a folder on this machine that is not there yet, or empty; it appears when it is whole.
+        dtype: of the weights; float32 holds dequantised ones exactly.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        UserError: the file is damaged, of an unknown architecture or tokenizer, or its tensors have
+            no place; nothing is written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give a new folder, or empty this one")
+    file = GGUFFile(os.fspath(path))
+    try:
+        architecture = architecture_of(file)
+        parts = _parts(file, architecture)
+        files = configs(file, architecture, dtype) | tokenizer_files(file.facts)
+    except (UserError, KeyError) as error:
+        what = error if isinstance(error, UserError) else f"says no {error}; convert it again"
+        raise UserError(f"{path}: {what}") from None
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        _write_weights(partial, file, architecture, parts, np.dtype(jnp.dtype(dtype)))
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    count = sum(math.prod(part.shape) for part in parts.values())
+    return f"wrote {out}: {architecture.name}, {count:,} weights in {dtype}"
+
+
+class _Part(NamedTuple):
+    """A tensor of theirs among GGUF's."""
+
+    name: str
+    """GGUF's."""
+    expert: int | None
+    """Which of those that stand in one tensor."""
+    shape: tuple[int, ...]
+
+
+def _parts(file: GGUFFile, architecture: Architecture) -> dict[str, _Part]:
+    """Returns Hugging Face's name of each tensor, and where it is."""
+    parts = {}
+    for name, shape in file.shapes.items():
+        if name == LEFT_OUT:
+            continue
+        found = _NAME.fullmatch(name)
+        layer, place, kind = found.groups("") if found else ("", "", "")
+        theirs = (architecture.tensors if layer else TOP).get(place)
+        if theirs is None:
+            raise UserError(f"tensor {name} has no place in a {architecture.name}")
+        if layer:
+            theirs = f"model.layers.{layer}.{theirs}"
+        if "{expert}" in theirs:
+            for expert in range(shape[0]):
+                part = _Part(name, expert, shape[1:])
+                parts[f"{theirs.format(expert=expert)}.{kind}"] = part
+        else:
+            parts[f"{theirs}.{kind}"] = _Part(name, None, shape)
+    return parts
+
+
+def _write_weights(
+    folder: Path,
+    file: GGUFFile,
+    architecture: Architecture,
+    parts: Mapping[str, _Part],
+    dtype: np.dtype,
+) -> None:
+    specs = {name: Spec(dtype, part.shape) for name, part in parts.items()}
+    files = safetensors.split(specs, safetensors.MAX_FILE_BYTES)
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
+    with progress(f"writing {folder.with_suffix('')}", total) as show:
+        for name, tensors in files.items():
+            with open(folder / name, "wb") as opened:
+                opened.write(safetensors.make_header(tensors))
+                for tensor, spec in tensors.items():
+                    weights = _weights(file, architecture, parts[tensor])
+                    opened.write(weights.astype(dtype).tobytes())
+                    done += spec.nbytes
+                    show(done)
+    if len(files) > 1:
+        (folder / safetensors.INDEX).write_bytes(safetensors.make_index(files))
+
+
+def _weights(file: GGUFFile, architecture: Architecture, part: _Part) -> np.ndarray:
+    """Returns a tensor in fp32, as Hugging Face has it."""
+    weights = file.weights(part.name, part.expert).reshape(part.shape)
+    place = part.name.split(".")[-2]
+    if place in ("attn_q", "attn_k") and architecture.interleaved:
+        # [heads, half, 2, ...] here; [heads, 2, half, ...] there.
+        heads = file.heads[place == "attn_k"]
+        weights = weights.reshape(heads, -1, 2, *part.shape[1:]).swapaxes(1, 2)
+        weights = weights.reshape(part.shape)
+    if place.endswith("norm"):
+        weights = weights - np.float32(architecture.norm_offset)
+    return weights

@@ -1,0 +1,209 @@
+"""Safetensors files: a header in JSON, then the tensors, of which any part can be read by itself.
+
+The first 8 bytes are the header's length, little-endian. The header is padded with spaces to a
+multiple of 8 bytes; after it the tensors stand without gaps.
+
+Source: github.com/huggingface/safetensors, README.md and safetensors/src/tensor.rs.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.data import sources
+from jaxgen.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 * 10**9
+# In the order in which the library lays tensors out.
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_CODES = {np.dtype(jnp.dtype(name)): code for code, name in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # The library's own limit.
+_AGAIN = "copy or download it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a tensor is."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(Spec):
+    """A tensor in a file."""
+
+    url: str
+    begin: int
+    """The byte of the file at which its elements begin."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the elements `start` to `stop`, counted through row by row.
+
+        Raises:
+            UserError: the file cannot be read, or has become shorter.
+        """
+        width = self.dtype.itemsize
+        raw = sources.read_range(self.url, self.begin + start * width, self.begin + stop * width)
+        if len(raw) != (stop - start) * width:
+            raise UserError(f"{self.url} has changed while it was read; {_AGAIN}")
+        return np.frombuffer(raw, self.dtype)
+
+
+def open_folder(folder: str) -> dict[str, Stored]:
+    """Returns all tensors of a model's folder; reads the headers of its files and checks them.
+
+    Raises:
+        UserError: there are none, a file is missing, cut short or inconsistent, or a tensor is
+            there twice.
+    """
+    if not sources.exists(f"{folder}/{INDEX}"):
+        if not sources.exists(f"{folder}/{WEIGHTS}"):
+            raise UserError(
+                f"{folder} has neither {WEIGHTS} nor {INDEX}; give a folder with safetensors files"
+            )
+        return read_header(f"{folder}/{WEIGHTS}")
+    try:
+        places = dict(json.loads(sources.read_bytes(f"{folder}/{INDEX}"))["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/{INDEX} is not an index of tensors ({error!r}); {_AGAIN}"
+        ) from None
+    files = sorted(set(places.values()))
+    for file in files:
+        if not sources.exists(f"{folder}/{file}"):
+            raise UserError(f"{folder} has no {file}, which its {INDEX} names; {_AGAIN}")
+    # A header is three requests to a store.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        headers = pool.map(read_header, [f"{folder}/{file}" for file in files])
+        found: dict[str, Stored] = {}
+        for file, tensors in zip(files, headers, strict=True):
+            for name, tensor in tensors.items():
+                if name in found:
+                    raise UserError(
+                        f"tensor {name} is in {found[name].url} and in {file}; {_AGAIN}"
+                    )
+                found[name] = tensor
+    for name, file in places.items():
+        if name not in found or found[name].url != f"{folder}/{file}":
+            raise UserError(f"{folder}/{file} has no tensor {name}, as {INDEX} says; {_AGAIN}")
+    return found
+
+
+def read_header(url: str) -> dict[str, Stored]:
+    """Returns the tensors of one file.
+
+    Raises:
+        UserError: it is no such file, is cut short, or contradicts itself.
+    """
+    size = sources.size(url)
+    length = int.from_bytes(sources.read_range(url, 0, 8), "little") if size >= 8 else size
+    begin = 8 + length
+    if begin > size or length > _MAX_HEADER_BYTES:
+        raise UserError(f"{url} is cut short, or no safetensors file ({size} bytes); {_AGAIN}")
+    try:
+        header = json.loads(sources.read_range(url, 8, begin), object_pairs_hook=_without_repeats)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: _stored(url, name, entry, begin) for name, entry in entries.items()}
+    except UserError as error:
+        raise UserError(f"{url}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{url} has a broken header ({error!r}); {_AGAIN}") from None
+    end = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if tensor.begin != end:
+            raise UserError(
+                f"{url}: tensor {name} begins at byte {tensor.begin} where {end} is its turn; "
+                f"{_AGAIN}"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise UserError(f"{url} has {size} bytes and its tensors end at byte {end}; {_AGAIN}")
+    return tensors
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
+    if repeated:
+        raise UserError(f"the header names {repeated[0]} twice; {_AGAIN}")
+    return dict(pairs)
+
+
+def _stored(url: str, name: str, entry: Mapping[str, Any], begin: int) -> Stored:
+    code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if code not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"tensor {name} is of dtype {code}; save the model as one of {known}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name}: {shape}, {start}, {stop}")
+    tensor = Stored(np.dtype(jnp.dtype(DTYPES[code])), shape, url, begin + start)
+    if stop - start != tensor.nbytes:
+        raise UserError(f"tensor {name}, {code}{list(shape)}, has {stop - start} bytes; {_AGAIN}")
+    return tensor
+
+
+def in_order(tensors: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Returns tensors in the order in which a file has them: by dtype, then by name."""
+    ranks = {jnp.dtype(name): rank for rank, name in enumerate(DTYPES.values())}
+    return dict(sorted(tensors.items(), key=lambda item: (ranks[item[1].dtype], item[0])))
+
+
+def make_header(tensors: Mapping[str, Spec]) -> bytes:
+    """Returns what stands before the tensors of a file, which must be in order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, stop),
+        }
+        start = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def split(tensors: Mapping[str, Spec], max_bytes: int) -> dict[str, dict[str, Spec]]:
+    """Returns file name -> its tensors in order; one file, or numbered ones of at most `max_bytes`.
+
+    A tensor that is larger has a file of its own.
+    """
+    groups: list[dict[str, Spec]] = [{}]
+    for name, tensor in tensors.items():
+        if groups[-1] and _nbytes(groups[-1]) + tensor.nbytes > max_bytes:
+            groups.append({})
+        groups[-1][name] = tensor
+    if len(groups) == 1:
+        return {WEIGHTS: in_order(tensors)}
+    return {
+        f"model-{number:05}-of-{len(groups):05}.safetensors": in_order(group)
+        for number, group in enumerate(groups, start=1)
+    }
+
+
+def make_index(files: Mapping[str, Mapping[str, Spec]]) -> bytes:
+    """Returns model.safetensors.index.json: the file of every tensor."""
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(_nbytes(tensors) for tensors in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _nbytes(tensors: Mapping[str, Spec]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,307 @@
+"""A trained model, wherever it is from: a run, one of its checkpoints, a Hugging Face folder."""
+
+import abc
+import dataclasses
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxgen import config as run_config
+from jaxgen.checkpoint import address
+from jaxgen.checkpoint.manager import CheckpointManager
+from jaxgen.config import CHECKPOINTS, TOKENIZER, ServeConfig, TrainConfig
+from jaxgen.data import sources
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
+from jaxgen.formats import folder, safetensors
+from jaxgen.formats.families import Family, family_for, family_of
+from jaxgen.models.config import ComputeConfig, DecoderConfig
+from jaxgen.models.decoder import Decoder
+from jaxgen.nn.schedule import Pipeline
+from jaxgen.sharding import MeshConfig, Rules, abstract
+
+# What a Hugging Face folder may hold beside its weights and its config.
+_SMALL_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    folder.GENERATION,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """How a model's makers would have it write; None where they say nothing."""
+
+    stop_ids: tuple[int, ...]
+    """Each of these tokens ends an answer."""
+    temperature: float | None = None
+    """0 for the likeliest token."""
+    top_k: int | None = None
+    """0 for all."""
+    top_p: float | None = None
+    """1 for all."""
+
+
+class Pretrained(abc.ABC):
+    """A trained model that has not been read yet.
+
+    Attributes:
+        location: as it was given.
+        config: the shape of the model.
+        compute: how a run computed it; the defaults for a Hugging Face folder.
+        rules: likewise.
+        tokenizer_location: what `Tokenizer.load` reads.
+    """
+
+    location: str
+    config: DecoderConfig
+    compute: ComputeConfig = ComputeConfig()
+    rules: Rules = Rules()
+    tokenizer_location: str
+
+    @property
+    @abc.abstractmethod
+    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """Of the weights in the files."""
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """In which the weights are kept in memory, which loses nothing."""
+        return "bfloat16" if self.stored_dtype == "bfloat16" else "float32"
+
+    @property
+    @abc.abstractmethod
+    def generation(self) -> GenerationDefaults:
+        """How its makers would have it write."""
+
+    @abc.abstractmethod
+    def read(self, abstract_model: Decoder) -> Decoder:
+        """Returns the weights in the shapes, dtypes and shardings of an abstract model.
+
+        Raises:
+            UserError: they are damaged, or of another model.
+        """
+
+    @abc.abstractmethod
+    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
+        """Writes a Hugging Face folder of this model, whose weights are `model`.
+
+        Every process calls this, and process 0 writes.
+
+        Args:
+            location: an empty or new folder, at any location.
+            model: what `read` returned.
+            dtype: float32, bfloat16 or float16; None for `stored_dtype`.
+        """
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns its tokenizer."""
+        return Tokenizer.load(self.tokenizer_location)
+
+    def serve_config(self, mesh: MeshConfig | None = None) -> ServeConfig:
+        """Returns what it is run with; by default all devices split the weights."""
+        return ServeConfig(self.config, mesh or MeshConfig(), self.rules, self.compute)
+
+
+def open_model(location: str | os.PathLike) -> Pretrained:
+    """Returns the model at a location, of which only configs are read.
+
+    Args:
+        location: a run directory, RUN/checkpoints/STEP, or a Hugging Face folder; local, gs://,
+            s3:// and, for a Hugging Face folder, whatever else fsspec reads.
+
+    Raises:
+        UserError: there is no model, or one that is not supported.
+    """
+    text = os.fspath(location).rstrip("/")
+    address.prepare(text)
+    given = _read_json(f"{text}/{run_config.FILE_NAME}")
+    if given and ("architectures" in given or "model_type" in given):
+        return _Folder(text, given)
+    return _Run(text)
+
+
+def load_model(
+    location: str | os.PathLike,
+    config: ServeConfig | TrainConfig,
+    mesh: Mesh,
+    dtype: str | None = None,
+) -> tuple[Decoder, Tokenizer]:
+    """Returns a trained model, read straight into its shards on any mesh, and its tokenizer.
+
+    Args:
+        location: as for `open_model`.
+        config: the shape of the model, and how it is run.
+        mesh: where.
+        dtype: of the parameters, float32 or bfloat16; None for that of the stored ones.
+
+    Raises:
+        UserError: nothing is there, or it is damaged, or the model does not fit the mesh.
+    """
+    config.model.check_mesh(mesh, config.rules)
+    pretrained = open_model(location)
+    tokenizer = pretrained.tokenizer()
+    model = pretrained.read(abstract_model(config, mesh, dtype or pretrained.dtype))
+    return model, tokenizer
+
+
+def abstract_model(config: ServeConfig | TrainConfig, mesh: Mesh, dtype: str) -> Decoder:
+    """Returns the shapes and shardings of a model's parameters, in a dtype; computes nothing."""
+
+    def make() -> Decoder:
+        # Without repeats, as models are stored.
+        compute = dataclasses.replace(config.compute, pipeline=Pipeline())
+        key = jax.random.key(0)
+        model = Decoder(config.model, key=key, compute=compute, rules=config.rules)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+
+    return abstract(make, mesh)
+
+
+def check_empty(location: str) -> None:
+    """Checks that a folder can be written without losing another.
+
+    Raises:
+        UserError: something is there.
+    """
+    address.prepare(location)
+    if not sources.is_empty(location):
+        raise UserError(f"{location} is not empty; give a new folder, or empty this one")
+
+
+def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]:
+    """Returns the run directory, and the step if `location` is RUN/checkpoints/STEP.
+
+    Raises:
+        UserError: it is neither, or its store cannot be reached.
+    """
+    path = address.resolve(location)
+    with address.reaching(path):
+        if (path / run_config.FILE_NAME).exists():
+            return path, None
+    if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, int(path.name)
+    raise UserError(
+        f"{location} is no model; give a run directory that jaxgen train made, such as runs/tiny, "
+        "a checkpoint, runs/tiny/checkpoints/00000200, or a Hugging Face folder"
+    )
+
+
+class _Run(Pretrained):
+    """What `jaxgen train` made; weights are of its newest checkpoint, or of the one given."""
+
+    def __init__(self, location: str):
+        self.location = location
+        self.run_dir, self.step = split_location(location)
+        self.run = run_config.read_config(self.run_dir)
+        self.config, self.compute, self.rules = self.run.model, self.run.compute, self.run.rules
+        self.tokenizer_location = str(self.run_dir / TOKENIZER)
+
+    @property
+    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        return "float32"
+
+    @functools.cached_property
+    def generation(self) -> GenerationDefaults:
+        return GenerationDefaults((self.tokenizer().eos_id,))
+
+    def read(self, abstract_model: Decoder) -> Decoder:
+        with CheckpointManager(self.run_dir / CHECKPOINTS) as checkpoints:
+            return checkpoints.restore(abstract_model, step=self.step, only="model").state
+
+    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
+        family, given = family_for(self.config)
+        folder.write_folder(
+            location,
+            family,
+            given,
+            model,
+            dtype=dtype or self.stored_dtype,
+            tokenizer=self.tokenizer(),
+        )
+
+
+class _Folder(Pretrained):
+    """A Hugging Face folder."""
+
+    def __init__(self, location: str, given: dict[str, Any]):
+        self.location = self.tokenizer_location = location
+        self.given = given
+        self.family: Family = family_of(given)
+        self.config = self.family.read(given)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, safetensors.Stored]:
+        """The tensors of its files, whose headers are read here."""
+        return safetensors.open_folder(self.location)
+
+    @functools.cached_property
+    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The dtype of most bytes; float32 for float64."""
+        nbytes: Counter[str] = Counter()
+        for tensor in self.stored.values():
+            nbytes[tensor.dtype.name] += tensor.nbytes
+        name = nbytes.most_common(1)[0][0] if nbytes else "float32"
+        return name if name in ("bfloat16", "float16") else "float32"
+
+    @functools.cached_property
+    def generation(self) -> GenerationDefaults:
+        said = _read_json(f"{self.location}/{folder.GENERATION}") or {}
+        stops = [*_ids(said), *_ids(self.given), self.tokenizer().eos_id]
+        if not said:
+            return GenerationDefaults(tuple(dict.fromkeys(stops)))
+        draws = said.get("do_sample", False)
+        return GenerationDefaults(
+            tuple(dict.fromkeys(stops)),
+            said.get("temperature", 1.0) if draws else 0.0,
+            said.get("top_k"),
+            said.get("top_p"),
+        )
+
+    def read(self, abstract_model: Decoder) -> Decoder:
+        return folder.read_weights(self.location, self.stored, self.family, abstract_model)
+
+    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
+        folder.write_weights(location, self.family, model, dtype or self.stored_dtype)
+        if jax.process_index() != 0:
+            return
+        for name in _SMALL_FILES:
+            if sources.exists(f"{self.location}/{name}"):
+                content = sources.read_bytes(f"{self.location}/{name}")
+                sources.write_bytes(f"{location}/{name}", content)
+        content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
+        key = "dtype" if "dtype" in self.given else "torch_dtype"
+        if dtype and self.given.get(key) != dtype:
+            given = {**self.given, key: dtype}
+            content = (json.dumps(given, indent=2) + "\n").encode()
+        sources.write_bytes(f"{location}/{folder.CONFIG}", content)
+
+
+def _read_json(url: str) -> dict[str, Any] | None:
+    """Returns a JSON file's object, or None if there is no such file."""
+    if not sources.exists(url):
+        return None
+    try:
+        return dict(json.loads(sources.read_bytes(url)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{url} is not a JSON object ({error}); correct it") from None
+
+
+def _ids(given: dict[str, Any]) -> Iterable[int]:
+    """The end-of-text ids that a config names: none, one or several."""
+    ids = given.get("eos_token_id")
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids

@@ -1,0 +1,21 @@
+"""A progress bar on a terminal's standard error."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the bytes done so far; without a terminal it does nothing."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    import rich.console
+    import rich.progress
+
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda done: bar.update(task, completed=done)
