@@ -100,7 +100,7 @@ def _run(name: str, command: Command, argv: list[str]) -> int | None:
         from jaxgen.sharding import simulate_devices
 
         simulate_devices(args.devices)
-    config = load(command, args.source, overrides)
+    config = load(command, args, overrides)
     if wants_help:
         print(_field_help(config))
         return 0

@@ -101,8 +101,9 @@ class Command(NamedTuple):
         return " ".join(filter(None, (source, *self.outputs, "[options]")))
 
 
-def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
-    """Returns the config that a command was asked to run with."""
+def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) -> Any:
+    """Returns the config that a command was asked to run with; a MODEL is left in `args.model`."""
+    path = args.source
     if command.source == FILE:
         return fields.override(None, overrides)
     if path is None:
@@ -114,8 +115,9 @@ def load(command: Command, path: str | None, overrides: dict[str, str]) -> Any:
         return config.load_config(path, overrides)
     from jaxgen.pretrained import open_model
 
+    args.model = open_model(path)
     # Not the mesh it was trained on, which may not be here; any other gives the same text.
-    return fields.override(open_model(path).serve_config(), overrides)
+    return fields.override(args.model.serve_config(), overrides)
 
 
 def _start() -> None:
@@ -141,17 +143,17 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
-    from jaxgen.pretrained import load_model, open_model
+    from jaxgen.pretrained import load_model
     from jaxgen.serve.generate import generate_text
     from jaxgen.serve.request import SamplingConfig
     from jaxgen.sharding import make_mesh
 
-    pretrained = open_model(args.source)
     if args.chat:
         from jaxgen.data.chat import template_of
 
-        template_of(pretrained.tokenizer())
-    defaults, chosen = pretrained.generation, {}
+        template_of(args.model.tokenizer())
+    defaults = args.model.generation
+    chosen = {}
     for field in dataclasses.fields(SamplingConfig):
         for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
             if said is not None:
@@ -160,7 +162,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
-    model, tokenizer = load_model(args.source, config, mesh)
+    model, tokenizer = load_model(args.model, config, mesh)
     with jax.set_mesh(mesh):
         completions = generate_text(
             model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
@@ -179,14 +181,14 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     _start()
     import jax
 
-    from jaxgen.pretrained import check_empty, load_model, open_model
+    from jaxgen.pretrained import check_empty, load_model
     from jaxgen.sharding import make_mesh
 
     (location,) = args.outputs
     if jax.process_index() == 0:
         check_empty(location)
-    model, _ = load_model(args.source, config, make_mesh(config.mesh))
-    open_model(args.source).write(location, model, args.dtype)
+    model, _ = load_model(args.model, config, make_mesh(config.mesh))
+    args.model.write(location, model, args.dtype)
 
 
 def _data_pack(args: argparse.Namespace, config: Any) -> None:

@@ -136,7 +136,7 @@ def open_model(location: str | os.PathLike) -> Pretrained:
 
 
 def load_model(
-    location: str | os.PathLike,
+    model: str | os.PathLike | Pretrained,
     config: ServeConfig | TrainConfig,
     mesh: Mesh,
     dtype: str | None = None,
@@ -144,7 +144,7 @@ def load_model(
     """Returns a trained model, read straight into its shards on any mesh, and its tokenizer.
 
     Args:
-        location: as for `open_model`.
+        model: what `open_model` takes or returns.
         config: the shape of the model, and how it is run.
         mesh: where.
         dtype: of the parameters, float32 or bfloat16; None for that of the stored ones.
@@ -153,10 +153,9 @@ def load_model(
         UserError: nothing is there, or it is damaged, or the model does not fit the mesh.
     """
     config.model.check_mesh(mesh, config.rules)
-    pretrained = open_model(location)
+    pretrained = model if isinstance(model, Pretrained) else open_model(model)
     tokenizer = pretrained.tokenizer()
-    model = pretrained.read(abstract_model(config, mesh, dtype or pretrained.dtype))
-    return model, tokenizer
+    return pretrained.read(abstract_model(config, mesh, dtype or pretrained.dtype)), tokenizer
 
 
 def abstract_model(config: ServeConfig | TrainConfig, mesh: Mesh, dtype: str) -> Decoder:

@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import json
 import math
+import mmap
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +32,9 @@ from jaxgen.progress import progress
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-# Of a file's bytes, a thread: together they keep a store's connection busy.
-_CHUNK_BYTES = 8 << 20
-_THREADS = 8
+# Few bytes at once turn around in a core's cache; many requests at once keep a store busy.
+_CHUNK_BYTES = 2 << 20
+_THREADS = 16
 
 Box = tuple[tuple[int, int], ...]
 """A part of an array: from and to in every dimension."""
@@ -168,7 +169,7 @@ def read_weights(
             for device, slices in sharding.addressable_devices_indices_map(shape).items():
                 devices[_box(slices, shape)].append(device)
             buffers = {
-                box: np.empty([stop - start for start, stop in box], place.leaf.dtype)
+                box: _buffer([stop - start for start, stop in box], place.leaf.dtype)
                 for box in devices
             }
             parts = list(_parts(place, stored, list(buffers)))
@@ -183,6 +184,12 @@ def read_weights(
                 jax.block_until_ready(arrays)
             leaves.append(jax.make_array_from_single_device_arrays(shape, sharding, arrays))
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def _buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory goes back when it is freed: malloc keeps what is below 32 MB."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _box(slices: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
@@ -281,18 +288,24 @@ def write_weights(
                     file.write(safetensors.make_header(specs))
                 for tensor in specs:
                     for place, index in sources_of[tensor]:
-                        values = _gather(place.leaf, index)
-                        if file is None:
-                            continue
-                        values = _bits(values).transpose(place.turned)
-                        for start, stop in place.chunks(0, len(values), kind.itemsize):
-                            chunk = np.ascontiguousarray(values[start:stop]).reshape(-1)
-                            chunk = _cast(tensor, chunk.view(place.leaf.dtype), kind)
-                            file.write(chunk.view(np.uint8).data)
+                        # No name is given, so that it is gone before the next one is gathered.
+                        _write_rows(file, tensor, place, _gather(place.leaf, index), kind)
                     done += specs[tensor].nbytes
                     show(done)
     if writes and len(files) > 1:
         sources.write_bytes(f"{folder}/{safetensors.INDEX}", safetensors.make_index(files))
+
+
+def _write_rows(file: Any, name: str, place: _Place, values: np.ndarray, dtype: np.dtype) -> None:
+    """Writes one of a stack in the order of their tensor, some rows at a time; or, without a file,
+    nothing.
+    """
+    if file is None:
+        return
+    turned = _bits(values).transpose(place.turned)
+    for start, stop in place.chunks(0, len(turned), values.dtype.itemsize):
+        rows = np.ascontiguousarray(turned[start:stop]).reshape(-1).view(values.dtype)
+        file.write(_cast(name, rows, dtype).view(np.uint8).data)
 
 
 def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -345,15 +358,21 @@ def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     """Returns one of a stack on the host."""
     if not leaf.is_fully_addressable:
         return np.asarray(_replicate(leaf, index).addressable_data(0))
-    values = np.empty(leaf.shape[len(index) :], leaf.dtype)
+    values = _buffer(leaf.shape[len(index) :], leaf.dtype)
     for shard in leaf.addressable_shards:
         box = _box(shard.index, leaf.shape)
         if shard.replica_id == 0 and _holds(box, index):
             here = tuple(i - box[dim][0] for dim, i in enumerate(index))
             inside = tuple(slice(*part) for part in box[len(index) :])
-            # Sliced on its device, which copies nothing else to the host.
-            values[inside] = np.asarray(shard.data[here] if here else jax.numpy.copy(shard.data))
+            values[inside] = _on_host(shard.data, here)
     return values
+
+
+def _on_host(data: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    if next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[index]  # A view: nothing is copied.
+    # Sliced on the device. JAX keeps what it has brought to the host as long as the array lives.
+    return np.asarray(data[index] if index else jax.numpy.copy(data))
 
 
 def _replicate(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:

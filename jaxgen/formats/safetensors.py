@@ -11,8 +11,8 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,12 +77,7 @@ def open_folder(folder: str) -> dict[str, Stored]:
                 f"{folder} has neither {WEIGHTS} nor {INDEX}; give a folder with safetensors files"
             )
         return read_header(f"{folder}/{WEIGHTS}")
-    try:
-        places = dict(json.loads(sources.read_bytes(f"{folder}/{INDEX}"))["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder}/{INDEX} is not an index of tensors ({error!r}); {_AGAIN}"
-        ) from None
+    places = _parse(f"{folder}/{INDEX}", sources.read_bytes(f"{folder}/{INDEX}"), _places)
     files = sorted(set(places.values()))
     for file in files:
         if not sources.exists(f"{folder}/{file}"):
@@ -115,14 +110,8 @@ def read_header(url: str) -> dict[str, Stored]:
     begin = 8 + length
     if begin > size or length > _MAX_HEADER_BYTES:
         raise UserError(f"{url} is cut short, or no safetensors file ({size} bytes); {_AGAIN}")
-    try:
-        header = json.loads(sources.read_range(url, 8, begin), object_pairs_hook=_without_repeats)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _stored(url, name, entry, begin) for name, entry in entries.items()}
-    except UserError as error:
-        raise UserError(f"{url}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{url} has a broken header ({error!r}); {_AGAIN}") from None
+    raw = sources.read_range(url, 8, begin)
+    tensors = _parse(url, raw, lambda header: _tensors(url, header, begin))
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if tensor.begin != end:
@@ -136,11 +125,33 @@ def read_header(url: str) -> dict[str, Stored]:
     return tensors
 
 
+T = TypeVar("T")
+
+
+def _parse(url: str, raw: bytes, read: Callable[[Any], T]) -> T:
+    """Returns what `read` makes of JSON, of which nothing is believed."""
+    try:
+        return read(json.loads(raw, object_pairs_hook=_without_repeats))
+    except UserError as error:
+        raise UserError(f"{url}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{url} does not say where tensors are ({error!r}); {_AGAIN}") from None
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     repeated = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
     if repeated:
-        raise UserError(f"the header names {repeated[0]} twice; {_AGAIN}")
+        raise UserError(f"{repeated[0]} is named twice; {_AGAIN}")
     return dict(pairs)
+
+
+def _places(index: Any) -> dict[str, str]:
+    return {name: str(file) for name, file in index["weight_map"].items()}
+
+
+def _tensors(url: str, header: Any, begin: int) -> dict[str, Stored]:
+    names = [name for name in header if name != "__metadata__"]
+    return {name: _stored(url, name, header[name], begin) for name in names}
 
 
 def _stored(url: str, name: str, entry: Mapping[str, Any], begin: int) -> Stored:

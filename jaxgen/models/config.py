@@ -59,8 +59,9 @@ class DecoderConfig:
     """Factor on embeddings (Gemma: sqrt(embed_dim)); None for 1."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
-    qk_norm: bool = False
-    """RMSNorm of every query and key head before RoPE (Qwen 3, Gemma 3)."""
+    qk_norm: bool | Literal["all"] = False
+    """RMSNorm of every query and key head before RoPE (Qwen 3, Gemma 3); or of all heads together
+    (OLMo 2)."""
     attention_scale: float | None = None
     """Factor on attention scores; None for head_dim ** -0.5."""
     attention_soft_cap: float | None = None
@@ -119,7 +120,7 @@ class DecoderConfig:
         layer = D * (N + 2 * K) * H + N * H * D + self._mlp_matmul(experts)
         layer += self.moe.num_experts if self.moe and self.moe.router == "sigmoid" else 0
         layer += (N + 2 * K) * H if self.qkv_bias else 0
-        layer += 2 * H if self.qk_norm else 0
+        layer += ((N + K) * H if self.qk_norm == "all" else 2 * H) if self.qk_norm else 0
         layer += D * (4 if self.norms == "pre_post" else 2)
         tables = 1 if self.tie_embeddings else 2
         return tables * self.vocab_size * D + self.num_layers * layer + D

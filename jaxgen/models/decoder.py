@@ -1,6 +1,6 @@
 """The decoder-only transformer: one definition for all families, for training and serving.
 
-B batch, T queries, S cache slots, D embed, V vocab, L layers, E experts.
+B batch, T queries, P pages, D embed, V vocab, L layers, E experts.
 """
 
 import functools
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.block import Layer, Mixed, Sight, Span
-from jaxgen.nn.cached import LayerCache
 from jaxgen.nn.cross_entropy import cross_entropy
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import RMSNorm, embed, soft_cap
+from jaxgen.nn.paged import LayerPages
 from jaxgen.nn.pipeline import cut, join, run_stages
 from jaxgen.nn.rope import rotation
 from jaxgen.nn.router import RouterStats, RouterSums
@@ -31,14 +31,12 @@ from jaxgen.sharding import Rules
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, and where each slot's token stands in its sequence."""
+    """Keys and values of all layers, and where each row's are."""
 
-    layers: list[LayerCache]
+    layers: list[LayerPages]
     """For a model whose layers are a list."""
-    span: Span
-    """Positions and segments [B, S] of the slots; an empty slot is in segment -1."""
-    used: Int[Array, ""]
-    """Slots written so far; the same for every row."""
+    table: Int[Array, "B P"]
+    """The pages of each row, in the order of its tokens."""
 
 
 class Decoder(nnx.Module):
@@ -105,17 +103,14 @@ class Decoder(nnx.Module):
         x = embed(self.embedding[...], tokens, rules, self.dtype)
         if config.embed_scale is not None:
             x *= jnp.asarray(config.embed_scale, self.dtype)
-        queries = keys = Span(positions, segments)
-        if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
-            keys = Span(*(write(old, new) for old, new in zip(cache.span, queries, strict=True)))
+        span = Span(positions, segments)
 
-        def see(queries: Span, keys: Span) -> Sight:
-            turn = functools.partial(rotation, queries.positions, config.head_dim)
+        def see(span: Span) -> Sight:
+            turn = functools.partial(rotation, span.positions, config.head_dim)
             everywhere = local = turn(config.rope_theta, config.rope_scaling)
             if config.rope_local_theta is not None:
                 local = turn(config.rope_local_theta)
-            return Sight(queries, keys, everywhere, local, None if cache is None else cache.used)
+            return Sight(span, everywhere, local, None if cache is None else cache.table)
 
         def one(x, layer, per_layer, sight):
             local, layer_cache = per_layer
@@ -137,14 +132,12 @@ class Decoder(nnx.Module):
 
             def in_stage(x, layer, local, span):
                 # Angles are made here: outside they would be kept for every tick.
-                return one(x, layer, (kind_of(local), None), see(span, span))
+                return one(x, layer, (kind_of(local), None), see(span))
 
             remat = self.compute.remat.wrap
-            x, (_, stats) = run_stages(
-                self.layers, in_stage, x, xs, queries, schedule, rules, remat
-            )
+            x, (_, stats) = run_stages(self.layers, in_stage, x, xs, span, schedule, rules, remat)
             return self.norm(x), None, stats
-        sight = see(queries, keys)
+        sight = see(span)
 
         def body(x, layer, per_layer):
             return one(x, layer, per_layer, sight)
@@ -163,7 +156,7 @@ class Decoder(nnx.Module):
         if not stacked:
             stats = jax.tree.map(lambda *each: jnp.stack(each), *stats)
         if cache is not None:
-            cache = KVCache(layer_caches, keys, cache.used + tokens.shape[1])
+            cache = KVCache(layer_caches, cache.table)
         return self.norm(x), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

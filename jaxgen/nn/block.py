@@ -1,6 +1,6 @@
 """One decoder layer: attention and MLP with their norms and residuals.
 
-B batch, T queries, S keys, D embed, N heads, K kv heads, H head dim.
+B batch, T queries, P pages, D embed, N heads, K kv heads, H head dim.
 """
 
 import functools
@@ -14,10 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import attend
-from jaxgen.nn.cached import LayerCache, attend_cached
 from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import GatedMLP, RMSNorm, product
 from jaxgen.nn.moe import MoE
+from jaxgen.nn.paged import LayerPages, attend_paged
 from jaxgen.nn.rope import rotate
 from jaxgen.nn.router import RouterStats
 from jaxgen.nn.stream import enter, leave, partial_sums
@@ -40,13 +40,12 @@ class Span(NamedTuple):
 class Sight(NamedTuple):
     """What every layer's attention needs besides the hidden states."""
 
-    queries: Span
-    keys: Span
-    """Of the same tokens in training; of every slot of the cache in decoding."""
+    span: Span
+    """Of the tokens that attend, and of those that they attend to but for what is in a cache."""
     global_rotation: Rotation
     local_rotation: Rotation
-    slot: Int[Array, ""] | None = None
-    """In decoding, the slot of the cache that takes the first of the new tokens."""
+    table: Int[Array, "B P"] | None = None
+    """In decoding, the pages of the cache that each row has."""
 
 
 class Mixed(NamedTuple):
@@ -77,17 +76,21 @@ class Attention(nnx.Module):
             self.k_bias = maker.full((K, H), ("kv_heads", None), 0.0)
             self.v_bias = maker.full((K, H), ("kv_heads", None), 0.0)
         if config.qk_norm:
-            norm = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
-            self.q_norm = RMSNorm(maker, H, **norm)
-            self.k_norm = RMSNorm(maker, H, **norm)
+            norm: dict[str, Any] = {"eps": config.norm_eps, "plus_one": config.norm_plus_one}
+            if config.qk_norm == "all":
+                self.q_norm = RMSNorm(maker, N, H, **norm, axes=("heads", None))
+                self.k_norm = RMSNorm(maker, K, H, **norm, axes=("kv_heads", None))
+            else:
+                self.q_norm = RMSNorm(maker, H, **norm)
+                self.k_norm = RMSNorm(maker, H, **norm)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         sight: Sight,
         local: Kind,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        cache: LayerPages | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerPages | None]:
         """Attends from x to itself, or to the cache after writing x's keys and values into it.
 
         `local` layers see `config.sliding_window` tokens back; it is traced where layers are
@@ -124,24 +127,22 @@ class Attention(nnx.Module):
         y = leave(y, rules)
         return checkpoint_name(y, "attention_out"), cache
 
-    def _see(self, q, k, v, sight: Sight, cache: LayerCache | None, is_local: bool):
+    def _see(self, q, k, v, sight: Sight, cache: LayerPages | None, is_local: bool):
         """Attends to the same tokens or to the cache; returns the cache with them in it, too."""
-        config = self.config
+        config, span = self.config, sight.span
         who: dict[str, Any] = {
-            "q_positions": sight.queries.positions,
-            "kv_positions": sight.keys.positions,
-            "q_segments": sight.queries.segments,
-            "kv_segments": sight.keys.segments,
             "window": config.sliding_window if is_local else None,
             "soft_cap": config.attention_soft_cap,
             "scale": config.attention_scale,
         }
-        if cache is None:
-            compute = self.compute
-            who |= {"backend": compute.attention, "context_method": compute.context_attention}
-            return attend(q, k, v, **who, in_order=True), None
-        assert sight.slot is not None
-        return attend_cached(q, k, v, cache, sight.slot, **who)
+        if cache is not None:
+            assert sight.table is not None
+            return attend_paged(q, k, v, cache, sight.table, **span._asdict(), **who)
+        for side in ("q", "kv"):
+            who |= {f"{side}_positions": span.positions, f"{side}_segments": span.segments}
+        compute = self.compute
+        who |= {"backend": compute.attention, "context_method": compute.context_attention}
+        return attend(q, k, v, **who, in_order=True), None
 
     @staticmethod
     def _by_kind(local, branch):
@@ -183,15 +184,15 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         sight: Sight,
         local: Kind,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, RouterStats | None]]:
+        cache: LayerPages | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerPages | None, RouterStats | None]]:
         """Returns the layer's output, and of this layer alone: the cache with its keys and values
         written, and what its router did, if it has one."""
         y, cache = self.attention(self.attention_norm(x) if self.pre else x, sight, local, cache)
         x = x + (self.attention_post_norm(y) if self.post else y)
         normed, stats = self.mlp_norm(x) if self.pre else x, None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(normed, sight.queries.segments > 0)
+            y, stats = self.mlp(normed, sight.span.segments > 0)
         else:
             y = self.mlp(normed)
         return x + (self.mlp_post_norm(y) if self.post else y), (cache, stats)

@@ -75,22 +75,31 @@ product.defvjp(_product_forward, _product_backward)
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale in fp32, returned in x's dtype.
 
-    `plus_one` stores scale - 1, as the Gemma family does.
+    `plus_one` stores scale - 1, as the Gemma family does. Several dimensions `shape` are normalised
+    together; those that `axes` splits, over all devices.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 
-    def __init__(self, maker: Maker, dims: int, *, eps: float, plus_one: bool):
+    def __init__(
+        self,
+        maker: Maker,
+        *shape: int,
+        eps: float,
+        plus_one: bool,
+        axes: tuple[str | None, ...] = (None,),
+    ):
         self.eps, self.plus_one = eps, plus_one
         # Replicated: it is a few kilobytes, and a gather of it would cost a whole round trip.
-        self.scale = maker.full((dims,), (None,), 0.0 if plus_one else 1.0)
+        self.scale = maker.full(shape, axes, 0.0 if plus_one else 1.0)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalises the last dimension."""
+        """Normalises the last dimensions."""
         # fp32: a sum of squares in bf16 keeps 8 bits.
         x32 = x.astype(jnp.float32)
-        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32) + (1.0 if self.plus_one else 0.0)
-        return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+        over = tuple(range(x.ndim - scale.ndim, x.ndim))
+        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + self.eps)
+        return (x32 * jnp.expand_dims(scale, tuple(range(over[0])))).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

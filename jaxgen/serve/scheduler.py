@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxgen.errors import UserError
 from jaxgen.serve.blocks import Blocks, Chain
-from jaxgen.serve.request import QueueFull, Request
+from jaxgen.serve.request import FinishReason, QueueFull, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,11 +123,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._waiting and not self.rows
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request into the queue.
 
         Raises:
-            QueueFull: too many wait already.
+            QueueFull: too many wait already, and the request is `bounded` by that.
             UserError: it would not fit into the cache even alone.
         """
         pool = self.pools[0]
@@ -138,12 +138,12 @@ class Scheduler:
                 f"{request.sampling.max_tokens} is more than the {room} tokens of the cache; "
                 "shorten it, or give the cache more blocks with kv_blocks"
             )
-        if len(self._waiting) >= self.max_queued_requests:
+        if bounded and len(self._waiting) >= self.max_queued_requests:
             raise QueueFull(
                 f"{len(self._waiting)} requests wait already, as many as max_queued_requests "
                 "allows; try again later"
             )
-        if self._queued_tokens + len(request.prompt) > self.max_queued_tokens:
+        if bounded and self._queued_tokens + len(request.prompt) > self.max_queued_tokens:
             raise QueueFull(
                 f"{self._queued_tokens} tokens of prompts wait already, and with the "
                 f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
@@ -152,11 +152,11 @@ class Scheduler:
         request.arrival = next(self._arrivals)
         self._queue(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
         """Ends a request, wherever it is; one that has ended is left as it is."""
         if request.finish_reason is not None:
             return
-        request.finish_reason = "cancelled"
+        request.finish_reason = reason
         for row in self.rows:
             if row.request is request:
                 return self._leave(row)

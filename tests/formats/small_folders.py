@@ -68,7 +68,7 @@ def write_file(url, tensors, header=None):
         start += values.nbytes
     text = json.dumps(entries | (header or {})).encode()
     raw = b"".join(values.tobytes() for values in tensors.values())
-    sources.write_bytes(url, struct.pack("<Q", len(text)) + text + raw)
+    sources.write_bytes(str(url), struct.pack("<Q", len(text)) + text + raw)
 
 
 def write_folder(folder, given=LLAMA, tensors=None, generation=None, shards=1):

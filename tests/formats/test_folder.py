@@ -1,19 +1,18 @@
 """Hugging Face folders: the same weights on every mesh, and the same files back."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
-from small_folders import LLAMA, llama_tensors, write_file, write_folder
+from small_folders import LLAMA, llama_tensors, write_folder
 
 from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.config import ServeConfig
 from jaxgen.errors import UserError
 from jaxgen.formats import folder as module
 from jaxgen.formats import safetensors
-from jaxgen.formats.families import DENSE, Family, Tensor, family_of
+from jaxgen.formats.families import DENSE, MIXTRAL, Family, Tensor, family_of
 from jaxgen.formats.folder import read_weights, write_weights
 from jaxgen.nn.router import MoEConfig
 from jaxgen.pretrained import abstract_model, open_model
@@ -27,16 +26,6 @@ MESHES = {
     "context": MeshConfig(fsdp=2, context=2, tensor=2),
 }
 EXPERTS = {"experts": MeshConfig(fsdp=2, expert=4), "three": MeshConfig(fsdp=2, expert=2, tensor=2)}
-MOE = "model.layers.{layer}.block_sparse_moe."
-EXPERT = MOE + "experts.{expert}."
-# A Mixtral, and as a second way of writing it q, k and v in one tensor and gate and up in another.
-MIXTRAL = (
-    *(tensor for tensor in DENSE if "/mlp/" not in tensor.ours),
-    Tensor("layers/mlp/router", MOE + "gate.weight", inputs=1),
-    Tensor("layers/mlp/gate", EXPERT + "w1.weight", inputs=1),
-    Tensor("layers/mlp/up", EXPERT + "w3.weight", inputs=1),
-    Tensor("layers/mlp/down", EXPERT + "w2.weight", inputs=1),
-)
 
 
 def mesh_of(config):
@@ -106,3 +95,173 @@ def test_a_mesh_holds_the_weights_of_one_device_and_writes_the_same_bytes(llama,
         values = llama_tensors()[name]
         assert tensor.shape == values.shape
         np.testing.assert_array_equal(tensor.read(0, values.size), values.reshape(-1))
+
+
+def filled(config, mesh=ONE):
+    """A model of random numbers, the same on every mesh."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        return jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract_model(config, mesh_of(mesh), "float32"))
+
+
+def family_with(tensors):
+    return Family("TestForCausalLM", "test", tensors, parts=())
+
+
+def test_experts_are_a_tensor_each_on_every_mesh(tmp_path):
+    config = config_of(moe=MoEConfig(num_experts=4, num_experts_per_tok=2))
+    family, one = MIXTRAL, filled(config)
+    write_weights(str(tmp_path), family, one, "float32")
+    stored = safetensors.open_folder(str(tmp_path))
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    want = np.asarray(one.layers.mlp.down)[1, 3].T
+    np.testing.assert_array_equal(stored[name].read(0, want.size), want.reshape(-1))
+    assert len([name for name in stored if ".experts." in name]) == 2 * 4 * 3
+    for name, mesh in EXPERTS.items():
+        many = read(tmp_path, config, mesh, family=family)
+        assert_equal(many, one)
+        write_weights(str(tmp_path / name), family, many, "float32")
+        written = (tmp_path / name / safetensors.WEIGHTS).read_bytes()
+        assert written == (tmp_path / safetensors.WEIGHTS).read_bytes()
+
+
+def test_several_parameters_in_one_tensor_are_its_rows_one_after_the_other(tmp_path):
+    qkv, gate_up = "model.layers.{layer}.qkv.weight", "model.layers.{layer}.gate_up.weight"
+    q, k = "layers/attention/q", "layers/attention/k"
+    fused = {
+        q: Tensor(q, qkv, inputs=1),
+        k: Tensor(k, qkv, inputs=1, after=(q,)),
+        "layers/attention/v": Tensor("layers/attention/v", qkv, inputs=1, after=(q, k)),
+        "layers/mlp/gate": Tensor("layers/mlp/gate", gate_up, inputs=1),
+        "layers/mlp/up": Tensor("layers/mlp/up", gate_up, inputs=1, after=("layers/mlp/gate",)),
+    }
+    family = family_with(tuple(fused.get(tensor.ours, tensor) for tensor in DENSE))
+    mesh = MESHES["all"]
+    one, many = filled(config_of()), filled(config_of(), mesh)
+    write_weights(str(tmp_path), family, many, "float32")
+    tensor = safetensors.open_folder(str(tmp_path))["model.layers.1.qkv.weight"]
+    parts = [np.asarray(getattr(one.layers.attention, name))[1].reshape(32, -1) for name in "qkv"]
+    want = np.concatenate(parts, axis=1).T
+    assert tensor.shape == want.shape
+    np.testing.assert_array_equal(tensor.read(0, want.size), want.reshape(-1))
+    assert_equal(read(tmp_path, config_of(), mesh, family=family), one)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_are_kept(tmp_path, dtype):
+    write_folder(tmp_path / "in", tensors=llama_tensors(dtype=dtype))
+    pretrained = open_model(tmp_path / "in")
+    assert pretrained.stored_dtype == dtype
+    # float16 has no place of its own: float32 holds all its values.
+    assert pretrained.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+    model = pretrained.read(abstract_model(config_of(), mesh_of(ONE), pretrained.dtype))
+    assert {leaf.dtype.name for _, leaf in named_leaves(model)} == {pretrained.dtype}
+    pretrained.write(str(tmp_path / "out"), model)
+    stored = [safetensors.open_folder(str(tmp_path / name)) for name in ("in", "out")]
+    for name, tensor in stored[0].items():
+        again = stored[1][name]
+        assert again.dtype == tensor.dtype
+        num = tensor.nbytes // 2
+        assert again.read(0, num).tobytes() == tensor.read(0, num).tobytes()
+
+
+def test_float64_and_mixed_files_are_cast(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
+    write_folder(tmp_path, tensors=tensors)
+    model = read(tmp_path, config_of())
+    np.testing.assert_array_equal(model.norm.scale[...], tensors["model.norm.weight"])
+    assert open_model(tmp_path).stored_dtype == "float32"
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = 1e5
+    write_folder(tmp_path / "in", tensors=tensors)
+    model = read(tmp_path / "in", config_of())
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*float16.*use bfloat16"):
+        write_weights(str(tmp_path / "out"), family_of(LLAMA), model, "float16")
+
+
+def test_a_table_may_be_there_twice_where_it_is_tied(tmp_path):
+    given = LLAMA | {"tie_word_embeddings": True}
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}
+    write_folder(tmp_path, given, llama_tensors() | angles)
+    model = read(tmp_path, config_of(given))
+    assert not hasattr(model, "head")
+    # But it must be there where it is not tied.
+    tensors = llama_tensors(given)
+    write_folder(tmp_path, LLAMA, tensors)
+    with pytest.raises(UserError, match=r"no tensor lm_head\.weight, which is \[272, 32\] by its"):
+        read(tmp_path, config_of())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        (
+            "model.norm.weight",
+            None,
+            r"no tensor model\.norm\.weight, which is \[32\] by",
+        ),
+        (
+            "model.layers.1.mlp.down_proj.weight",
+            (32, 40),
+            r"tensor model\.layers\.1\.mlp\.down_proj\.weight is \[32, 40\] in .* and \[32, 48\]",
+        ),
+        (
+            "model.layers.2.mlp.down_proj.weight",
+            (32, 48),
+            r"tensor model\.layers\.2\.mlp\.down_proj\.weight \[32, 48\] in .* has no place in a "
+            "LlamaForCausalLM of its config.json",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            (48,),
+            r"tensor model\.layers\.0\.self_attn\.q_proj\.bias \[48\] .* has no place",
+        ),
+    ],
+)
+def test_files_that_disagree_with_the_config_are_refused_before_they_are_read(
+    tmp_path, monkeypatch, name, change, line
+):
+    tensors = llama_tensors()
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = np.zeros(change, np.float32)
+    write_folder(tmp_path, tensors=tensors)
+    monkeypatch.setattr(safetensors.Stored, "read", lambda *args: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=line) as error:
+        read(tmp_path, config_of())
+    assert "\n" not in str(error.value)
+
+
+def test_a_parameter_without_a_place_is_named():
+    family = family_with(tuple(tensor for tensor in DENSE if tensor.ours != "norm/scale"))
+    with pytest.raises(UserError, match="TestForCausalLM has no tensor for the parameter norm/sca"):
+        write_weights("memory://nowhere", family, filled(config_of()), "float32")
+
+
+def test_a_folder_may_be_in_any_store(llama):
+    model = read(llama, config_of())
+    write_weights("memory://there", family_of(LLAMA), model, "bfloat16", max_file_bytes=20_000)
+    stored = safetensors.open_folder("memory://there")
+    assert len({tensor.url for tensor in stored.values()}) > 2
+    again = read("memory://there", config_of(), MESHES["all"])
+    for (name, a), (_, b) in zip(named_leaves(model), named_leaves(again), strict=True):
+        half = np.asarray(a).astype(jax.numpy.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(half, np.asarray(b), err_msg=name)
+
+
+def test_what_several_processes_gather_is_what_one_does(llama):
+    """One process may put a tensor together on the host; several replicate it first."""
+    for mesh in (MESHES["pipeline"], MESHES["fsdp"]):
+        for _, leaf in named_leaves(read(llama, config_of(), mesh)):
+            index = (1,) if leaf.ndim > 2 else ()
+            replicated = module._replicate(leaf, index)
+            assert replicated.is_fully_replicated
+            np.testing.assert_array_equal(replicated, module._gather(leaf, index))

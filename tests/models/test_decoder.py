@@ -35,6 +35,7 @@ OPTIONS = {
     "one_kv_head": {"num_kv_heads": 1},
     "tied": {"tie_embeddings": True},
     "qk_norm": {"qk_norm": True},
+    "qk_norm_all": {"qk_norm": "all"},
     "qkv_bias": {"qkv_bias": True},
     "attention_soft_cap": {"attention_soft_cap": 0.5},
     "attention_scale": {"attention_scale": 1.0},
@@ -237,7 +238,7 @@ def assert_same(got, expected, tolerance):
         np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("option", ["base", "post_norms", "everything"])
+@pytest.mark.parametrize("option", ["base", "post_norms", "qk_norm_all", "everything"])
 def test_sharded_loss_and_gradients_equal_those_of_one_device(option):
     config = config_of(option)
     assert_same(loss_and_gradients(config, EIGHT), loss_and_gradients(config, ONE), 1e-5)

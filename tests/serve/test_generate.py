@@ -1,7 +1,6 @@
 """Generation: the same tokens alone, in a batch, cached or not, on any mesh; where it stops."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.router import MoEConfig
-from jaxgen.serve import generate as module
-from jaxgen.serve.decode import decode, prefill
-from jaxgen.serve.generate import Generator, bucket, for_serving, generate, generate_text
+from jaxgen.serve import weights
+from jaxgen.serve.generate import Generator, generate, generate_text
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig, make_mesh
 
@@ -106,7 +104,7 @@ def test_a_row_is_the_same_alone_and_in_a_ragged_batch(generator, sampling):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
 def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
-    monkeypatch.setattr(module, "_fits", lambda model, dtype: whole)
+    monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, dataclasses.replace(DRAWN, seed=8)]
     expected = generator(RAGGED, samplings)
     with jax.set_mesh(mesh_of(EIGHT)):
@@ -118,7 +116,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
 def test_experts_give_the_tokens_of_one_device(whole, monkeypatch):
     """One token a row travels to its experts too, by either way."""
-    monkeypatch.setattr(module, "_fits", lambda model, dtype: whole)
+    monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)
     moe = MoEConfig(num_experts=4, num_experts_per_tok=2, shared_mlp_dim=16, router="sigmoid")
     config = dataclasses.replace(CONFIG, moe=moe)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
@@ -153,96 +151,10 @@ def test_a_row_stops_before_its_stop_id_and_at_its_own_budget(generator):
     assert generator(RAGGED, samplings) == expected
 
 
-def state_of(generator, prompts, sampling, stop_ids=(-1,)):
-    """The state after prefill, and the arguments with which decoding goes on from it."""
-    rows, tokens, chunk, num_chunks = generator._batch(prompts, [sampling] * len(prompts))
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    read = jax.jit(functools.partial(prefill, chunk=chunk))
-    return read(generator.model, tokens, np.int32(num_chunks), rows, stops), rows, stops
-
-
-def test_decoding_ends_when_the_last_row_does(generator):
-    prompts = RAGGED[:2]
-    full = generator(prompts, DRAWN)
-    # Both rows end with their third token at the latest.
-    stops = [full[0][2], full[1][2]]
-    ends = [min(row.index(s) for s in stops if s in row) for row in full]
-    state, rows, stop_ids = state_of(generator, prompts, DRAWN, stops)
-    state = jax.jit(decode)(generator.model, state, rows, stop_ids, np.int32(9))
-    assert int(state.step) == max(ends) + 1 < DRAWN.max_tokens
-    assert bool(state.done.all())
-    again = jax.jit(decode)(generator.model, state, rows, stop_ids, np.int32(9))
-    assert int(again.step) == int(state.step)
-
-
-def test_bursts_of_any_length_are_one_program_and_give_the_same_tokens(generator):
-    expected = generator(RAGGED[:2], DRAWN)
-    state, rows, stops = state_of(generator, RAGGED[:2], DRAWN)
-    args = (generator.model, state, rows, stops, np.int32(0))
-    program = jax.jit(decode).lower(*args).compile()
-    for limit in (2, 3, 7, 9):
-        state = program(generator.model, state, rows, stops, np.int32(limit))
-        assert int(state.step) == limit
-    assert state.output[:2, :9].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("mesh", "num_rows"), [(ONE, 1), (ONE, 5), (EIGHT, 5)], ids=["one_row", "one", "eight"]
-)
-def test_decoding_writes_its_cache_in_place(mesh, num_rows):
-    with jax.set_mesh(mesh_of(mesh)):
-        generator = Generator(make())
-        state, rows, stops = state_of(generator, RAGGED[:num_rows], GREEDY)
-        args = (generator.model, state, rows, stops, np.int32(5))
-        program = jax.jit(decode, donate_argnums=1).lower(*args).compile()
-
-        def on_one_device(tree):
-            return [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree)]
-
-        size = sum(shard.nbytes for shard in on_one_device(state))
-        assert program.memory_analysis().alias_size_in_bytes >= size
-        caches = on_one_device(state.cache.layers)
-        places = {cache.unsafe_buffer_pointer() for cache in caches}
-        after = program(*args)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        assert {x.unsafe_buffer_pointer() for x in on_one_device(after.cache.layers)} == places
-        # Nor does the loop copy its carry on the way.
-        shape = f"f32[{','.join(map(str, on_one_device(after.cache.layers)[0].shape))}]"
-        text = program.as_text()
-        assert shape in text
-        assert not [line for line in text.splitlines() if shape in line and " copy(" in line]
-
-
-def test_long_prompts_are_read_in_chunks(generator, monkeypatch):
-    prompts = prompts_of(40, 3, 33)
-    expected = generator(prompts, GREEDY)
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 16)
-    chunked = Generator(make())
-    assert chunked(prompts, GREEDY) == expected
-    assert [key[1][2] for key in chunked._programs] == [16, 16]
-
-
-def test_prompts_of_like_lengths_share_programs():
-    with jax.set_mesh(mesh_of(ONE)):
-        generator = Generator(make())
-        for lengths in ((3, 14), (16, 9), (5, 5), (1, 2)):
-            generator(prompts_of(*lengths), GREEDY)
-        generator(prompts_of(7, 7), [DRAWN, dataclasses.replace(GREEDY, max_tokens=16)], [1, 2, 3])
-        assert len(generator._programs) == 2
-
-
-def test_buckets_grow_by_at_most_a_half():
-    sizes = [bucket(n) for n in range(1, 1000)]
-    assert sizes[0] == 16
-    assert all(n <= size for n, size in enumerate(sizes, start=1))
-    assert all(size <= max(16, n * 3 // 2) for n, size in enumerate(sizes, start=1))
-    assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-
-
 def test_the_copy_for_serving_is_in_the_asked_dtype():
     with jax.set_mesh(mesh_of(ONE)):
         model = make(dtype="bfloat16")
-        assert for_serving(model).dtype == jnp.float32  # On CPU.
+        assert weights.for_serving(model).dtype == jnp.float32  # On CPU.
         served = Generator(model, dtype="bfloat16")
         assert served.model.layers[1].mlp.up[...].dtype == jnp.bfloat16
         assert served.model.layers[1].mlp_norm.scale[...].dtype == jnp.float32
@@ -250,7 +162,7 @@ def test_the_copy_for_serving_is_in_the_asked_dtype():
         (row,) = served(RAGGED[:1], GREEDY)
         assert len(row) == GREEDY.max_tokens
         # A single bf16 row would be ten times slower than two on this platform.
-        assert [key[1][0] for key in served._programs] == [2, 2]
+        assert ("decode", 2) in served.core.runner._programs
 
 
 def test_nothing_to_do(generator):

@@ -1,0 +1,80 @@
+"""The state of decoding on the device: a line for every slot of the batch, and the pages.
+
+S slots, K stop ids.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxgen.models.decoder import Decoder
+from jaxgen.nn.paged import LayerPages
+
+# Stop ids that the device knows of; a request may have more, which the host looks for.
+NUM_STOPS = 4
+NO_STOP = -1
+
+
+class Slots(NamedTuple):
+    """What the device knows of the requests that run, whole on every device.
+
+    The last slot is nobody's: rows that only fill a batch read and write it.
+    """
+
+    tokens: Int[Array, " S"]
+    """The last ones generated, which are not in the cache yet."""
+    positions: Int[Array, " S"]
+    """Of these tokens, in their sequences."""
+    done: Bool[Array, " S"]
+    """Rows that have ended, which nothing is generated for."""
+    limits: Int[Array, " S"]
+    """Tokens of a sequence at most, its prompt included."""
+    stop_ids: Int[Array, "S K"]
+    seeds: UInt32[Array, " S"]
+    temperature: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+    top_p: Float[Array, " S"]
+
+
+class DecodeState(NamedTuple):
+    """All that programs change; each takes it over and returns it, in the same memory."""
+
+    slots: Slots
+    layers: list[LayerPages]
+
+
+def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> DecodeState:
+    """Returns a state in which no slot and no page is anybody's; call it inside the mesh.
+
+    Pages are split over the mesh axes of rows, and their kv heads over those of heads.
+
+    Args:
+        model: from `for_serving`.
+        slots: rows that can run at once on all devices together.
+        pages: of each shard of rows.
+        page_size: tokens of a page.
+    """
+    config, rules = model.config, model.rules.here()
+    shards = model.rules.shards("batch", jax.sharding.get_abstract_mesh())
+
+    def line(value, dtype, *shape):
+        shape = (slots + 1, *shape)
+        return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
+
+    lines = Slots(
+        tokens=line(0, jnp.int32),
+        positions=line(0, jnp.int32),
+        done=line(True, jnp.bool_),
+        limits=line(0, jnp.int32),
+        stop_ids=line(NO_STOP, jnp.int32, NUM_STOPS),
+        seeds=line(0, jnp.uint32),
+        temperature=line(0, jnp.float32),
+        top_k=line(0, jnp.int32),
+        top_p=line(1, jnp.float32),
+    )
+    heads = (config.num_heads, config.num_kv_heads)
+    shape = (shards * pages, page_size * config.head_dim)
+    layers = [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
+    return DecodeState(lines, layers)

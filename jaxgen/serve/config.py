@@ -1,0 +1,37 @@
+"""What an engine may use, and how it deals with many requests."""
+
+import dataclasses
+
+from jaxgen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How many requests an engine serves at once, and how."""
+
+    max_num_seqs: int = 16
+    """Requests that run at once; more wait."""
+    prefill_chunk: int = 256
+    """Tokens of prompts read between two bursts of decoding, for each shard of rows; a power of
+    two. More read prompts faster and hold up the running requests longer."""
+    burst: int = 8
+    """Decoding steps between two looks at the queue; a quarter while prompts are read."""
+    block_size: int = 16
+    """Tokens of a page of the cache; prompts that begin alike share whole pages."""
+    kv_blocks: int | None = None
+    """Pages of each shard of rows; None for all that the compiled programs leave of a device's
+    memory, or where it states no limit, as on CPU, 1 GiB."""
+    prefix_cache: bool = True
+    """Whether pages stay, while there is room, for later requests that begin alike."""
+    max_queued_requests: int = 1024
+    """Requests that wait at most; further ones are refused."""
+    max_queued_tokens: int = 1 << 20
+    """Tokens of the prompts of waiting requests at most."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1 and field.name != "prefix_cache":
+                raise UserError(f"{field.name}={value}; use at least 1")
+        if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
+            raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

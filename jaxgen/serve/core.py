@@ -1,0 +1,100 @@
+"""The engine without a thread: requests go in, and every step brings some tokens."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from jaxgen.models.decoder import Decoder
+from jaxgen.serve.blocks import Blocks
+from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.request import FinishReason, Request, check_prompt
+from jaxgen.serve.runner import Delivery, Runner
+from jaxgen.serve.scheduler import Scheduler
+from jaxgen.serve.weights import Dtype, for_serving
+
+
+class EngineCore:
+    """Continuous batching on one model: the scheduler decides, the runner runs.
+
+    Of several processes, each has one and gives it the same requests; as nothing depends on time,
+    all make the same plans. One thread may step while others submit and cancel.
+
+    Make it inside the `jax.set_mesh(mesh)` of the model. Rows are spread over `data`, `fsdp` and
+    `expert`, kv heads over `tensor`.
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig, dtype: Dtype | None = None):
+        """Makes a copy of the model for decoding; see `for_serving`."""
+        self.config = config
+        self.runner = Runner(for_serving(model, dtype), config)
+        self.pools = [
+            Blocks(self.runner.num_pages, config.block_size, prefix_cache=config.prefix_cache)
+            for _ in range(self.runner.shards)
+        ]
+        self.scheduler = Scheduler(
+            self.pools,
+            slots_per_shard=self.runner.slots_per_shard,
+            chunk=config.prefill_chunk,
+            burst=config.burst,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+        )
+        self.tokens_generated = 0
+        self.changed = threading.Condition()
+        """Held to look at or change the scheduler; told of what was submitted."""
+        self._flying: deque[list[Delivery]] = deque()
+
+    def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+        """Checks that the model can go on from a prompt.
+
+        Raises:
+            UserError: it cannot, and why, with `name` for the prompt.
+        """
+        config = self.runner.model.config
+        sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
+        check_prompt(name, prompt, max_tokens, **sizes)
+
+    def submit(self, request: Request, *, bounded: bool = True) -> None:
+        """Takes a request, checked before, into the queue.
+
+        Raises:
+            QueueFull: too many wait already, and the request is `bounded` by that.
+            UserError: it would not fit into the cache even alone.
+        """
+        with self.changed:
+            self.scheduler.submit(request, bounded=bounded)
+            self.changed.notify_all()
+
+    def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
+        """Ends a request at once; its memory is free."""
+        with self.changed:
+            self.scheduler.cancel(request, reason)
+
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """Gives the device its next work, and returns what came of the work before that.
+
+        So the device has always something to do while the host looks at tokens.
+        """
+        with self.changed:
+            plan = self.scheduler.plan()
+            if plan:
+                self._flying.append(self.runner.dispatch(plan))
+        if len(self._flying) < (2 if plan else 1):
+            return []
+        fetched = [(each, each.fetch()) for each in self._flying.popleft()]
+        came = []
+        with self.changed:
+            for delivery, rows in fetched:
+                for row, tokens in rows:
+                    taken = self.scheduler.deliver(row, tokens, asked=delivery.asked)
+                    self.tokens_generated += len(taken)
+                    came.append((row.request, taken))
+        return came
+
+    def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
+        """Serves requests to their ends, and tells how many have ended."""
+        for request in requests:
+            self.submit(request, bounded=False)
+        while not self.scheduler.idle:
+            self.step()
+            show(sum(request.finish_reason is not None for request in requests))

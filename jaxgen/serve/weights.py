@@ -1,0 +1,80 @@
+"""A model's weights as decoding wants them."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+
+from jaxgen.errors import UserError
+from jaxgen.models.decoder import Decoder
+from jaxgen.nn.attention import mesh_device
+from jaxgen.nn.init import Elementwise, Precise
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
+    """Returns a copy of a model for decoding; call it inside the mesh.
+
+    - Layers are a list: a scan copies every layer's weights and its cache for every token. This
+      holds on a TPU too, where the cache would be written twice; a longer compilation is the price.
+    - Weights are in the compute dtype once and for all, which is the model's own, except float32 on
+      CPU, where products of a few bf16 rows are slow.
+    - Weights are whole over `fsdp` if that takes less than half of a device's memory: they are read
+      for every token, and gathering them would take far longer than reading. Otherwise they stay
+      split, and each layer is gathered when it runs.
+
+    Raises:
+        UserError: the mesh has stages, or splits sequences; decoding has one token at a time.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis in ("pipeline", "context"):
+        if sizes.get(axis, 1) > 1:
+            raise UserError(
+                f"mesh.{axis}={sizes[axis]} cannot generate; tokens come one at a time, so use "
+                f"mesh.{axis}=1 and split over mesh.tensor or mesh.fsdp"
+            )
+    if dtype is None:
+        dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
+    # One token at a time leaves no positions to split the residual stream over.
+    rules = dataclasses.replace(model.rules, act_seq=model.rules.seq)
+    if _fits(model, dtype):
+        rules = dataclasses.replace(rules, embed=None, expert_embed=None)
+    compute = dataclasses.replace(model.compute, dtype=dtype)
+    make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
+    shape = jax.eval_shape(lambda: make(key=jax.random.key(0)).unstacked())
+
+    def convert(param: nnx.Param) -> nnx.Param:
+        value = param[...]
+        if not isinstance(param, Elementwise):
+            value = value if isinstance(param, Precise) else value.astype(dtype)
+            value = reshard(value, rules.here()(*param.axes))
+        return type(param)(value, axes=param.axes)
+
+    def leaves(model: Decoder) -> list[jax.Array]:
+        return jax.tree.leaves(jax.tree.map(convert, model.unstacked(), is_leaf=_is_param))
+
+    return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(leaves)(model))
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
+
+
+def _fits(model: Decoder, dtype: Dtype) -> bool:
+    """Whether a device can hold its weights whole over `fsdp`, and as much again."""
+    device = jax.local_devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+    mesh = jax.sharding.get_mesh()
+    rules = dataclasses.replace(model.rules, embed=None, expert_embed=None)
+
+    def held(param: nnx.Param) -> float:
+        return param[...].size / math.prod(rules.shards(axis, mesh) for axis in param.axes if axis)
+
+    weights = sum(map(held, jax.tree.leaves(model, is_leaf=_is_param)))
+    return weights * jnp.dtype(dtype).itemsize < memory / 2
