@@ -9,7 +9,7 @@ from jaxgen.data import chat
 from jaxgen.errors import UserError
 from jaxgen.serve import schema
 from jaxgen.serve.body import Refused, check, parse
-from jaxgen.serve.request import Request, check_prompt
+from jaxgen.serve.request import SamplingConfig, check_prompt
 from jaxgen.serve.schema import Served
 
 # OpenAI's, of /v1/completions.
@@ -24,12 +24,16 @@ class NoSuchModel(Refused):
 class Ask:
     """The answers that one body asks for, and how to give them."""
 
-    requests: list[Request]
+    prompts: list[Sequence[int]]
     """One for each choice, in the order of their indices."""
+    samplings: list[SamplingConfig]
     echoes: list[str]
     """What stands before the text of each."""
-    stops: tuple[str, ...]
+    stop: list[str]
     """An answer ends before the first of these texts."""
+    stop_ids: list[int]
+    ignore_eos: bool
+    """Whether to go on after the tokenizer's end of text."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
     stream: bool
@@ -162,28 +166,24 @@ def _ask(
         except UserError as error:
             raise Refused(str(error), name) from None
     top_k = max(given.get("top_k", served.defaults.top_k), 0)
-    asked = {key: given[key] for key in ("temperature", "top_p") if key in given}
+    asked = {key: float(given[key]) for key in ("temperature", "top_p") if key in given}
     sampling = dataclasses.replace(
         served.defaults, max_tokens=max_tokens, **({"top_k": top_k} | asked)
     )
     seed = given.get("seed", secrets.randbits(32))
-    stop_ids = frozenset(given.get("stop_token_ids", ()))
-    if not given.get("ignore_eos", False):
-        stop_ids |= served.stop_ids
-    requests = [
-        Request(
-            tuple(prompt),
-            dataclasses.replace(sampling, seed=(seed + at) % 2**32),
-            stop_ids,
-        )
-        for at, prompt in enumerate(p for p in prompts for _ in range(count))
-    ]
-    stops = given.get("stop", ())
+    ignore_eos = given.get("ignore_eos", False)
+    stop = given.get("stop", [])
     return Ask(
-        requests,
-        [echo for echo in echoes for _ in range(count)],
-        (stops,) if isinstance(stops, str) else tuple(stops),
-        sum(map(len, prompts)),
-        stream,
-        given.get("stream_options", {}).get("include_usage") or False,
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        samplings=[
+            dataclasses.replace(sampling, seed=(seed + at) % 2**32)
+            for at in range(len(prompts) * count)
+        ],
+        echoes=[echo for echo in echoes for _ in range(count)],
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_ids=[*given.get("stop_token_ids", ()), *(() if ignore_eos else served.stop_ids)],
+        ignore_eos=ignore_eos,
+        prompt_tokens=sum(map(len, prompts)),
+        stream=stream,
+        include_usage=given.get("stream_options", {}).get("include_usage") or False,
     )

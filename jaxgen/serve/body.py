@@ -40,7 +40,9 @@ def parse(body: bytes) -> Any:
         Refused: it is not JSON, of which NaN and Infinity are no part.
     """
     try:
-        return json.loads(body.decode(), parse_constant=_refuse_constant)
+        return json.loads(
+            body.decode(), parse_constant=_refuse_constant, parse_float=_parse_float
+        )
     except RecursionError:
         raise Refused("the body is nested too deeply; send a flatter one") from None
     except ValueError as error:
@@ -129,7 +131,7 @@ def _check_string(value: str, schema: Schema, at: str) -> None:
     except UnicodeEncodeError:
         raise Refused(f"{at} has half of a surrogate pair; send whole characters", at) from None
     if len(value) < schema.get("minLength", 0):
-        raise Refused(f"{at} is empty; leave it out, or send a text", at)
+        raise Refused(f"{at} is empty; send a text", at)
     if len(value) > schema.get("maxLength", math.inf):
         most = schema["maxLength"]
         raise Refused(f"{at} has {len(value)} characters; send at most {most}", at)
@@ -227,6 +229,12 @@ def _short(value: Any) -> str:
 def _name(name: str) -> str:
     """A name that somebody else chose, fit for a message."""
     return (name if name.isidentifier() and name.isascii() else json.dumps(name))[:60]
+
+
+def _parse_float(text: str) -> int | float:
+    number = float(text)
+    # JSON does not tell 1.0 from 1.
+    return int(number) if number.is_integer() else number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -8,19 +8,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from jaxgen.serve.answer import Answer
 from jaxgen.serve.ask import Ask
-from jaxgen.serve.backend import Engine
+from jaxgen.serve.engine import Answer, Engine, Piece
 from jaxgen.serve.prometheus import Metrics
+from jaxgen.serve.refusal import EngineFailed
 from jaxgen.serve.request import FinishReason
 from jaxgen.serve.schema import Served
 
 
-class EngineFailed(RuntimeError):
-    """The engine cannot go on."""
-
-
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """Text of one answer, and why it ends if it does."""
 
     index: int
@@ -59,9 +55,10 @@ class Job:
         self.ask = ask
         self._engine, self._metrics, self._model = engine, metrics, served.name
         self._chat, self._arrived, self._loop = chat, arrived, loop
-        self._came: asyncio.Queue[tuple[int, list[int], Any]] = asyncio.Queue()
-        self._answers = [Answer(served.tokenizer, ask.stops) for _ in ask.requests]
-        self._open = set(range(len(ask.requests)))
+        self._came: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+        self._answers: list[Answer] = []
+        self._open = set(range(len(ask.prompts)))
+        self._tokens = [0] * len(ask.prompts)
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -77,17 +74,28 @@ class Job:
             QueueFull: too many wait already.
             UserError: one would not fit into the cache even alone.
         """
+        ask = self.ask
         try:
-            for at, request in enumerate(self.ask.requests):
-                self._engine.submit(request, functools.partial(self._deliver, at))
+            for at, (prompt, sampling) in enumerate(zip(ask.prompts, ask.samplings, strict=True)):
+                answer = self._engine.submit(
+                    prompt,
+                    sampling,
+                    stop=ask.stop,
+                    stop_ids=ask.stop_ids,
+                    ignore_eos=ask.ignore_eos,
+                    deliver=functools.partial(self._deliver, at),
+                )
+                self._answers.append(answer)
         except BaseException:
-            self.cancel()
+            for answer in self._answers:
+                answer.cancel()
             raise
 
     def cancel(self) -> None:
         """Ends what has not ended yet."""
         for at in sorted(self._open):
-            self._engine.cancel(self.ask.requests[at])
+            self._answers[at].cancel()
+            self._metrics.ended("cancelled")
 
     @property
     def ended(self) -> bool:
@@ -101,9 +109,9 @@ class Job:
             EngineFailed: there is none.
         """
         texts, reasons = list(self.ask.echoes), [""] * len(self.ask.echoes)
-        async for piece in self._pieces():
-            texts[piece.index] += piece.text
-            reasons[piece.index] = piece.reason or ""
+        async for part in self._parts():
+            texts[part.index] += part.text
+            reasons[part.index] = part.reason or ""
         choices = []
         for at, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
             message = {"role": "assistant", "content": text, "refusal": None}
@@ -119,52 +127,48 @@ class Job:
         """
         usage = {"usage": None} if self.ask.include_usage else {}
         begun: set[int] = set()
-        async for piece in self._pieces():
-            at, text = piece.index, piece.text
+        async for part in self._parts():
+            at, text = part.index, part.text
             delta: dict[str, Any] = {"content": text} if text or at not in begun else {}
             if at not in begun:
                 text, delta = self.ask.echoes[at] + text, {"role": "assistant", **delta}
                 begun.add(at)
             content = {"delta": delta} if self._chat else {"text": text}
-            choice = {"index": at, **content, "logprobs": None, "finish_reason": piece.reason}
+            choice = {"index": at, **content, "logprobs": None, "finish_reason": part.reason}
             yield {**self._head, "choices": [choice], **usage}
         if self.ask.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    async def _pieces(self) -> AsyncIterator[Piece]:
+    async def _parts(self) -> AsyncIterator[Part]:
         firsts: dict[int, float] = {}
         while self._open:
-            at, tokens, reason = await self._came.get()
-            if at not in self._open:
-                continue
-            if isinstance(reason, BaseException):
+            at, piece = await self._came.get()
+            now = time.monotonic()
+            if isinstance(piece, BaseException):
                 raise EngineFailed("the engine has failed; the server has to be restarted")
-            now, answer = time.monotonic(), self._answers[at]
-            if tokens:
-                firsts.setdefault(at, now)
-            text = answer.push(tokens)
-            if reason is not None:
-                text += answer.end()
-            elif answer.stopped:
-                cancel = functools.partial(self._engine.cancel, self.ask.requests[at])
-                self._loop.run_in_executor(None, cancel)
-            if answer.stopped:
-                reason = "stop"
-            if reason is not None:
-                self._open.remove(at)
-                self._metrics.answered(
-                    reason, self._arrived, firsts.get(at), now, answer.num_tokens
-                )
-            if text or reason is not None:
-                yield Piece(at, text, reason)
+            if piece is not None:
+                if piece.tokens:
+                    firsts.setdefault(at, now)
+                self._tokens[at] += len(piece.tokens)
+                if piece.text:
+                    yield Part(at, piece.text, None)
+                continue
+            reason = self._answers[at].finish_reason
+            if reason in (None, "cancelled"):
+                raise EngineFailed("the engine was closed")
+            self._open.remove(at)
+            self._metrics.ended(reason)
+            if at in firsts:
+                self._metrics.timed(self._arrived, firsts[at], now, self._tokens[at])
+            yield Part(at, "", reason)
 
-    def _deliver(self, at: int, tokens: list[int], reason: Any) -> None:
+    def _deliver(self, at: int, piece: Piece | BaseException | None) -> None:
         # A loop that is closed has nobody left who waits.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._came.put_nowait, (at, tokens, reason))
+            self._loop.call_soon_threadsafe(self._came.put_nowait, (at, piece))
 
     def _usage(self) -> dict[str, int]:
-        prompt, made = self.ask.prompt_tokens, sum(a.num_tokens for a in self._answers)
+        prompt, made = self.ask.prompt_tokens, sum(self._tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,

@@ -22,9 +22,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxgen.errors import UserError
 from jaxgen.serve import ask, prometheus, schema
 from jaxgen.serve.ask import Ask, NoSuchModel
-from jaxgen.serve.backend import Engine
-from jaxgen.serve.body import Refused
-from jaxgen.serve.job import EngineFailed, Job
+from jaxgen.serve.engine import Engine
+from jaxgen.serve.job import Job
+from jaxgen.serve.refusal import (
+    NO_KEY,
+    EngineFailed,
+    Refusal,
+    Unavailable,
+    Unreadable,
+    refusal,
+)
 from jaxgen.serve.request import QueueFull
 from jaxgen.serve.schema import Served
 
@@ -39,6 +46,8 @@ _OPEN_PATHS = frozenset(("/", "/health", "/ready", "/metrics", "/openapi.json"))
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
+
+_HANDLED = (UserError, HTTPException, Unavailable, EngineFailed, Exception)
 
 _T = TypeVar("_T")
 
@@ -66,7 +75,7 @@ class Api:
         self.metrics = prometheus.Metrics(lambda: self._engine and self._engine.stats(), name)
         # Two: reading the bodies of some does not hold up those of others, nor the engine much.
         self._readers, self._reading = ThreadPoolExecutor(2, "jaxgen-read"), 0
-        page = importlib.resources.files(__package__).joinpath("chat.html").read_text("utf-8")
+        self._html = importlib.resources.files("jaxgen.serve").joinpath("chat.html").read_bytes()
         routes = [
             Route("/v1/completions", _Generate(self, ask.ask_completion), methods=["POST"]),
             Route("/v1/chat/completions", _Generate(self, ask.ask_chat), methods=["POST"]),
@@ -78,19 +87,12 @@ class Api:
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
-            Route(
-                "/",
-                lambda _: HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY}),
-            ),
+            Route("/", self._page),
         ]
-        handlers: dict[Any, Callable[[Request, Any], Response]] = {
-            kind: lambda _, error: _refusal(error)
-            for kind in (UserError, HTTPException, EngineFailed, ClientDisconnect, Exception)
-        }
         self.paths = {route.path for route in routes}
         self.app = Starlette(
             routes=routes,
-            exception_handlers=handlers,
+            exception_handlers=dict.fromkeys(_HANDLED, _handle),
             middleware=[Middleware(_Gate, api=self)],
         )
 
@@ -101,18 +103,18 @@ class Api:
     @property
     def stuck(self) -> bool:
         """Whether the engine has work and does not move."""
-        return self._engine is not None and self._engine.stats().still_s > STUCK_S
+        return self._engine is not None and self._engine.still_s > STUCK_S
 
     def taking(self) -> tuple[Served, Engine]:
         """Returns what serves a new request.
 
         Raises:
-            HTTPException: nothing does, now.
+            Unavailable: nothing does, now.
         """
         if self._served is None or self._engine is None:
-            raise _unavailable("the server is starting; try again when /ready says 200")
+            raise Unavailable("the server is starting; try again when /ready says 200")
         if self.draining:
-            raise _unavailable("the server is stopping; ask another one")
+            raise Unavailable("the server is stopping; ask another one")
         return self._served, self._engine
 
     def may(self, scope: Scope) -> bool:
@@ -129,14 +131,14 @@ class Api:
         """Returns what `work`, in a thread, makes of a request's body.
 
         Raises:
-            HTTPException: the body is too large, too slow, or not said to be JSON.
+            Unreadable: the body is too large, too slow, or not said to be JSON.
             QueueFull: too many bodies wait already.
         """
         served, _ = self.taking()
         kind = request.headers.get("content-type", "").partition(";")[0]
         if kind.strip().lower() != "application/json":
             # Nor can a form on somebody else's page ask, which sends no JSON.
-            raise HTTPException(415, "the body must come with Content-Type: application/json")
+            raise Unreadable(415, "the body must come with Content-Type: application/json")
         if self._reading >= MAX_READING:
             raise QueueFull(f"{self._reading} requests are being read already; try again later")
         self._reading += 1
@@ -146,7 +148,7 @@ class Api:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._readers, work, body)
         except TimeoutError:
-            raise HTTPException(408, f"no body within {BODY_TIMEOUT_S:g} s") from None
+            raise Unreadable(408, f"no body within {BODY_TIMEOUT_S:g} s") from None
         finally:
             self._reading -= 1
 
@@ -182,7 +184,7 @@ class Api:
 
     async def _health(self, request: Request) -> Response:
         if self.stuck:
-            raise _unavailable("the engine has work and does not move")
+            raise Unavailable("the engine has work and does not move")
         return PlainTextResponse("ok\n")
 
     async def _ready(self, request: Request) -> Response:
@@ -190,10 +192,15 @@ class Api:
         return await self._health(request)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type=prometheus.CONTENT_TYPE)
+        # In a thread: the engine's counts are to be had between two of its steps.
+        text = await asyncio.get_running_loop().run_in_executor(None, self.metrics.text)
+        return Response(text, media_type=prometheus.CONTENT_TYPE)
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(self._html, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def _openapi(self, request: Request) -> Response:
-        return _json(schema.document(self.taking()[0]))
+        return _json(schema.document(self.taking()[0], keys=bool(self._keys)))
 
 
 class _Generate:
@@ -257,8 +264,7 @@ class _Gate:
             await send(message)
 
         if not self._api.may(scope):
-            refusal = _error(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
-            return await refusal(scope, receive, counted)
+            return await _respond(NO_KEY)(scope, receive, counted)
         await self._app(scope, receive, counted)
 
 
@@ -272,7 +278,7 @@ async def _stream(job: Job, send: Send) -> None:
         async for chunk in job.chunks():
             await _send_event(send, json.dumps(chunk))
     except EngineFailed as error:
-        await _send_event(send, _refusal(error).body.decode())
+        await _send_event(send, json.dumps(refusal(error).body))
     await _send_event(send, "[DONE]")
     await send({"type": "http.response.body", "body": b""})
 
@@ -285,7 +291,8 @@ async def _send_event(send: Send, data: str) -> None:
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """Returns what `work` returns, unless the client leaves first, which ends it."""
-    tasks = working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leave(receive))
+    working = asyncio.ensure_future(work)
+    tasks = working, asyncio.ensure_future(_leave(receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -311,7 +318,7 @@ async def _collect(request: Request, limit: int) -> bytes:
         elif size > 16 * limit:
             break  # Up to here it is read, for a client that is still sending hears no answer.
     if size > limit:
-        raise HTTPException(413, f"the body is larger than {limit} bytes; send a shorter prompt")
+        raise Unreadable(413, f"the body is larger than {limit} bytes; send a shorter prompt")
     return b"".join(parts)
 
 
@@ -319,42 +326,11 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return Response(json.dumps(value), status, headers, media_type="application/json")
 
 
-def _unavailable(message: str) -> HTTPException:
-    return HTTPException(503, message, {"Retry-After": "5", "Connection": "close"})
+def _respond(refused: Refusal) -> Response:
+    return _json(refused.body, refused.status, dict(refused.headers))
 
 
-def _refusal(error: Exception) -> Response:
-    match error:
-        case NoSuchModel():
-            return _error(404, str(error), param=error.param, code="model_not_found")
-        case Refused():
-            return _error(400, str(error), param=error.param)
-        case QueueFull():
-            return _error(429, str(error), code="queue_full", headers={"Retry-After": "1"})
-        case UserError():
-            return _error(400, str(error))
-        case HTTPException():
-            headers = dict(error.headers or {})
-            return _error(error.status_code, error.detail, headers=headers)
-        case ClientDisconnect():
-            return _error(499, "the client has left")
-        case EngineFailed():
-            return _error(503, str(error))
-    return _error(500, "the server has a bug; its log says more")
-
-
-def _error(
-    status: int,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> Response:
-    """Returns OpenAI's error object."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    if status == 401:
-        code, headers = "invalid_api_key", {"WWW-Authenticate": "Bearer"}
-    body = {"message": message, "type": kind, "param": param, "code": code}
-    return _json({"error": body}, status, headers)
+def _handle(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # Starlette's own: no such path, or not with this method.
+        return _respond(Refusal(error.status_code, error.detail, headers=error.headers or {}))
+    return _respond(refusal(error))

@@ -4,49 +4,53 @@ Queued and running requests, the share of the cache in use and the cache's block
 of the Gateway API Inference Extension choose a server by.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import prometheus_client as prometheus
 from prometheus_client import metrics_core
 
-from jaxgen.serve.backend import Stats
+from jaxgen.serve.engine import EngineStats
+
+# When a count began is of no use to anybody here, and doubles the text.
+prometheus.disable_created_metrics()
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 
-_TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-_WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TIMES = {
+    "time_to_first_token": (
+        "From a request's arrival to its first token.",
+        (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    ),
+    "time_per_output_token": (
+        "Between tokens, the mean of a request.",
+        (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+    ),
+    "request_duration": (
+        "From a request's arrival to its last token.",
+        (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+    ),
+}
 
 
 class Metrics:
     """Counts of one server, and of its engine when they are read."""
 
-    def __init__(self, stats: Callable[[], Stats | None], model: str):
+    def __init__(self, stats: Callable[[], EngineStats | None], model: str):
         """Starts at zero.
 
         Args:
-            stats: returns the engine's `Stats`, or None before there is an engine.
+            stats: returns the engine's `EngineStats`, or None before there is an engine.
             model: what the server calls it.
         """
         self._registry = prometheus.CollectorRegistry()
         self._registry.register(_EngineCollector(stats, model))
         named = {"registry": self._registry}
-        labels = {"labelnames": ("model_name",), **named}
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> prometheus.Histogram:
-            return prometheus.Histogram(name, text, buckets=buckets, **labels).labels(model)
-
-        self._ttft = histogram(
-            "jaxgen_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            _TTFT,
-        )
-        self._tpot = histogram(
-            "jaxgen_time_per_output_token_seconds", "Between tokens, the mean of a request.", _TPOT
-        )
-        self._whole = histogram(
-            "jaxgen_request_duration_seconds", "From a request's arrival to its last token.", _WHOLE
-        )
+        self._times = {
+            name: prometheus.Histogram(
+                f"jaxgen_{name}_seconds", text, ("model_name",), buckets=buckets, **named
+            ).labels(model)
+            for name, (text, buckets) in _TIMES.items()
+        }
         self._ended = prometheus.Counter(
             "jaxgen_requests",
             "Answers that have ended, and why.",
@@ -58,17 +62,16 @@ class Metrics:
         )
         self._model = model
 
-    def answered(
-        self, reason: str, arrived: float, first: float | None, last: float, tokens: int
-    ) -> None:
-        """Counts an answer: why it ended, and when it came, on one clock."""
+    def ended(self, reason: str) -> None:
+        """Counts an answer by why it has ended."""
         self._ended.labels(self._model, reason).inc()
-        if first is None:
-            return
-        self._ttft.observe(first - arrived)
-        self._whole.observe(last - arrived)
+
+    def timed(self, arrived: float, first: float, last: float, tokens: int) -> None:
+        """Takes in when a request and its first and last token came, on one clock."""
+        self._times["time_to_first_token"].observe(first - arrived)
+        self._times["request_duration"].observe(last - arrived)
         if tokens > 1:
-            self._tpot.observe((last - first) / (tokens - 1))
+            self._times["time_per_output_token"].observe((last - first) / (tokens - 1))
 
     def responded(self, path: str, status: int) -> None:
         """Counts a response."""
@@ -82,7 +85,7 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counts whenever Prometheus asks."""
 
-    def __init__(self, stats: Callable[[], Stats | None], model: str):
+    def __init__(self, stats: Callable[[], EngineStats | None], model: str):
         self._stats, self._model = stats, model
 
     def collect(self) -> Iterator[metrics_core.Metric]:
@@ -91,7 +94,7 @@ class _EngineCollector:
         if stats is None:
             return
         gauges = {
-            "requests_waiting": ("Requests that wait for a place.", stats.waiting),
+            "requests_waiting": ("Requests that wait for a place.", stats.queued),
             "requests_running": ("Requests that are being served.", stats.running),
             "kv_cache_utilization": (
                 "Share of the cache's blocks that requests hold.",

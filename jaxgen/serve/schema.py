@@ -1,7 +1,7 @@
 """What may be asked over HTTP: the schema of each body, and the document that publishes them.
 
-The names are OpenAI's, and vLLM's where OpenAI has none. A parameter of theirs that would be without
-effect here is there with its neutral values alone, so that whoever sets it is told.
+The names are OpenAI's, and vLLM's where OpenAI has none. A parameter of theirs that would be
+without effect here is there with its neutral values alone, so that whoever sets it is told.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Served:
     vocab_size: int
     max_seq_len: int
     """Tokens of a prompt and its answer at most."""
-    stop_ids: frozenset[int]
-    """Each of these ends an answer."""
+    stop_ids: tuple[int, ...]
+    """Each of these ends an answer, besides the tokenizer's end of text."""
     defaults: SamplingConfig
     """What a request that says nothing gets, but for `max_tokens` and `seed`."""
     max_requests: int
@@ -44,7 +44,7 @@ def _only(*neutral: Any) -> Schema:
     return {"enum": [None, *neutral], "description": "Not supported: neutral values only."}
 
 
-def _number(kind: str, description: str = "", **limits: float) -> Schema:
+def _number(kind: str, description: str = "", **limits: int) -> Schema:
     schema = {"type": [kind, "null"], **limits}
     return {**schema, "description": description} if description else schema
 
@@ -117,8 +117,9 @@ def _sampling(served: Served) -> dict[str, Schema]:
 def completion(served: Served) -> Schema:
     """Returns the schema of a body to /v1/completions."""
     token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
+    text = TEXT if served.tokenizer.begin else {**TEXT, "minLength": 1}
     prompt = {
-        "anyOf": [TEXT, array(TEXT, 1), array(token, 1), array(array(token, 1), 1)],
+        "anyOf": [text, array(text, 1), array(token, 1), array(array(token, 1), 1)],
         "description": "A text, token ids, or a list of one of them.",
     }
     own = {"prompt": prompt, "echo": _FLAG, **_UNSUPPORTED_IN_COMPLETIONS}
@@ -255,8 +256,8 @@ _PROBES = {
 }
 
 
-def document(served: Served) -> dict[str, Any]:
-    """Returns the OpenAPI description of the server."""
+def document(served: Served, *, keys: bool) -> dict[str, Any]:
+    """Returns the OpenAPI description of a server, which may ask for API keys."""
 
     def said(schema: Schema, kind: str = "application/json") -> dict[str, Any]:
         return {kind: {"schema": schema}}
@@ -293,10 +294,8 @@ def document(served: Served) -> dict[str, Any]:
         done = {"200": {"description": description, "content": said(TEXT, "text/plain")}}
         unfit = {} if path == "/metrics" else refusals("503")
         paths[path] = {"get": {"operationId": path[1:], "security": [], "responses": done | unfit}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "jaxgen", "version": __version__},
-        "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"key": []}],
-    }
+    said_first = {"openapi": "3.1.0", "info": {"title": "jaxgen", "version": __version__}}
+    if not keys:
+        return {**said_first, "paths": paths}
+    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+    return {**said_first, "paths": paths, "components": schemes, "security": [{"key": []}]}

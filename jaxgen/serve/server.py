@@ -8,7 +8,7 @@ from types import FrameType
 import uvicorn
 
 from jaxgen.errors import UserError
-from jaxgen.serve.backend import Engine
+from jaxgen.serve.engine import Engine
 from jaxgen.serve.openai import Api
 from jaxgen.serve.schema import Served
 
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         self.api = api
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Takes a signal. It is not raised again at the end, for then the exit code would be its."""
+        """Takes a signal; uvicorn would raise it again at the end, and the exit code be its."""
         if self.api.draining:
             self.should_exit = self.force_exit = True
         self.api.draining = True

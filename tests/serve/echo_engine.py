@@ -1,120 +1,112 @@
-"""An engine whose model repeats the prompt: the real scheduler and blocks, and no device."""
+"""The engine around a model of a few lines, which repeats the prompt: no device, no compilation."""
 
 import threading
 import time
+import types
+from collections import deque
 
 from jaxgen.data.tokenizer import Tokenizer
-from jaxgen.serve.backend import Stats
 from jaxgen.serve.blocks import Blocks
+from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.core import EngineCore
+from jaxgen.serve.engine import Engine
 from jaxgen.serve.request import SamplingConfig
-from jaxgen.serve.schema import Served
 from jaxgen.serve.scheduler import Scheduler
+from jaxgen.serve.schema import Served
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+EOS = 257
+MAX_SEQ_LEN = 4096
 
 
-class EchoEngine:
-    """After the prompt comes the prompt, rotated by the seed unless it is greedy, and its end."""
+class Echo:
+    """Stands for the runner: after the prompt comes the prompt, rotated by the seed, and its end.
 
-    def __init__(self, *, eos, step_s=0.0, slots=8, blocks=512, queue=32):
-        self.eos, self.step_s = eos, step_s
-        self.pool = Blocks(blocks, 16)
-        self.scheduler = Scheduler(
-            [self.pool],
-            slots_per_shard=slots,
-            chunk=256,
-            burst=4,
-            max_queued_requests=queue,
-            max_queued_tokens=100_000,
-        )
-        self.deliver, self.made, self.moved = {}, 0, time.monotonic()
-        self.changed, self.closed, self.broken = threading.Condition(), False, None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+    A greedy answer is not rotated.
+    """
 
-    def submit(self, request, deliver):
-        with self.changed:
-            self.scheduler.submit(request)
-            self.deliver[request] = deliver
-            self.changed.notify()
+    compilations = 0
 
-    def cancel(self, request):
-        with self.changed:
-            self.scheduler.cancel(request)
-            self.deliver.pop(request, None)
+    def __init__(self, step_s):
+        config = types.SimpleNamespace(vocab_size=258, max_seq_len=MAX_SEQ_LEN)
+        self.model = types.SimpleNamespace(config=config)
+        self.step_s, self.broken, self.next = step_s, None, {}
 
-    def stats(self):
-        scheduler = self.scheduler
-        return Stats(
-            waiting=scheduler.num_waiting,
-            running=len(scheduler.rows),
-            blocks_used=self.pool.used,
-            blocks=self.pool.num_blocks - 1,
-            block_size=16,
-            tokens_generated=self.made,
-            prompt_tokens=scheduler.prompt_tokens,
-            prompt_tokens_found=scheduler.prompt_tokens_found,
-            preemptions=scheduler.preemptions,
-            recompiles=0,
-            still_s=0.0 if scheduler.idle else time.monotonic() - self.moved,
-        )
-
-    def close(self):
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-        self.thread.join()
-
-    def _run(self):
-        while True:
-            with self.changed:
-                while self.scheduler.idle and not self.closed:
-                    self.changed.wait()
-                if self.closed:
-                    return
-                if self.broken:
-                    for deliver in self.deliver.values():
-                        deliver([], self.broken)
-                    return
-                self._step()
-                self.moved = time.monotonic()
-            time.sleep(self.step_s)
-
-    def _step(self):
-        plan = self.scheduler.plan()
+    def dispatch(self, plan):
+        if self.broken:
+            raise self.broken
         rows = [(chunk.row, 1) for chunks in plan.rounds for chunk in chunks if chunk.last]
-        for row, count in [*rows, *((row, plan.steps) for row in plan.rows)]:
-            request = row.request
-            have = len(request.output)
-            tokens = [self.next_token(request, have + i) for i in range(count)]
-            taken = self.scheduler.deliver(row, tokens, asked=count)
-            self.made += len(taken)
-            self.deliver[request](taken, request.finish_reason)
-            if request.finish_reason:
-                del self.deliver[request]
+        rows += [(row, plan.steps) for row in plan.rows]
+        return [self.run(row, steps) for row, steps in rows]
 
-    def next_token(self, request, at):
-        size = len(request.prompt)
-        if at % (size + 1) == size:
-            return self.eos
-        shift = request.sampling.seed if request.sampling.temperature else 0
-        return request.prompt[(at + shift) % size]
+    def run(self, row, steps):
+        begun = len(row.tokens) - len(row.request.prompt)
+        at = begun if steps == 1 and row not in self.next else self.next[row]
+        self.next[row] = at + steps
+        tokens = [token_of(row.request, at + i) for i in range(steps)]
+
+        def fetch():
+            time.sleep(self.step_s)
+            if row.request.finish_reason:
+                self.next.pop(row, None)
+            return [(row, tokens)]
+
+        return types.SimpleNamespace(fetch=fetch, asked=steps)
+
+
+def token_of(request, at):
+    size = len(request.prompt)
+    if at % (size + 1) == size:
+        return EOS
+    shift = request.sampling.seed if request.sampling.temperature else 0
+    return request.prompt[(at + shift) % size]
+
+
+class EchoCore(EngineCore):
+    def __init__(self, config, step_s):
+        self.config, self.runner = config, Echo(step_s)
+        self.pools = [Blocks(config.kv_blocks + 1, config.block_size)]
+        self.scheduler = Scheduler(
+            self.pools,
+            slots_per_shard=config.max_num_seqs,
+            chunk=config.prefill_chunk,
+            burst=config.burst,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+        )
+        self.tokens_generated, self.changed = 0, threading.Condition()
+        self._flying = deque()
+
+
+class EchoEngine(Engine):
+    def __init__(self, tokenizer, *, step_s=0.0, slots=8, blocks=511, queue=32):
+        config = EngineConfig(
+            max_num_seqs=slots, kv_blocks=blocks, max_queued_requests=queue, burst=4
+        )
+        self._core, self._tokenizer = EchoCore(config, step_s), tokenizer
+        self._begin()
+
+    @property
+    def idle(self):
+        return self._core.scheduler.idle and not self._answers
+
+
+def tokenizer():
+    """Bytes, without a begin of text, so that the echo of a text is that text."""
+    model = Tokenizer.from_bytes()._special
+    return Tokenizer(model, bos=None, eos="<|end_of_text|>", pad=None, chat_template=TEMPLATE)
 
 
 def served(**changes):
-    tokenizer = Tokenizer.from_bytes()
-    # Without a begin of text, so that the echo of a text is that text.
-    model = tokenizer._special
-    tokenizer = Tokenizer(model, bos=None, eos="<|end_of_text|>", pad=None, chat_template=TEMPLATE)
     values = {
         "name": "echo",
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer(),
         "vocab_size": 258,
-        "max_seq_len": 4096,
-        "stop_ids": frozenset([tokenizer.eos_id]),
+        "max_seq_len": MAX_SEQ_LEN,
+        "stop_ids": (EOS,),
         "defaults": SamplingConfig(temperature=1.0),
         "max_requests": 32,
     }
