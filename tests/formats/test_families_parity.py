@@ -23,7 +23,7 @@ from tiny_families import (
 
 from jaxgen.formats.families import family_for, family_of
 from jaxgen.serve.generate import Generator
-from jaxgen.serve.sampler import SamplingConfig
+from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig, make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "families"

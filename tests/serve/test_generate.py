@@ -6,51 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import CONFIG, EIGHT, ONE, make, mesh_of
 
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.models.config import ComputeConfig, DecoderConfig
-from jaxgen.models.decoder import Decoder
 from jaxgen.nn.router import MoEConfig
 from jaxgen.serve import weights
 from jaxgen.serve.generate import Generator, generate, generate_text
 from jaxgen.serve.request import SamplingConfig
-from jaxgen.sharding import MeshConfig, make_mesh
+from jaxgen.sharding import MeshConfig
 
-CONFIG = DecoderConfig(
-    vocab_size=96,
-    num_layers=2,
-    embed_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    max_seq_len=128,
-    rope_theta=100.0,
-    sliding_window=6,
-    layer_pattern=("local", "global"),
-)
-ONE, EIGHT = (MeshConfig(), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)
 GREEDY = SamplingConfig(max_tokens=9)
 DRAWN = SamplingConfig(max_tokens=9, temperature=1.0, top_k=40, top_p=0.95, seed=7)
-
-
-def mesh_of(mesh):
-    config, num_devices = mesh
-    return make_mesh(config, jax.devices()[:num_devices])
-
-
-def make(config=CONFIG, dtype="float32", dispatch="all_gather"):
-    """A model of random numbers, the same on every mesh."""
-    compute = ComputeConfig(dtype=dtype, expert_dispatch=dispatch)
-    abstract = jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0), compute=compute))
-    rng = np.random.default_rng(0)
-
-    def fill(leaf):
-        value = rng.normal(0, 0.5, leaf.shape).astype(np.float32)
-        return jax.device_put(value, leaf.sharding.spec)
-
-    return jax.tree.map(fill, abstract)
 
 
 @pytest.fixture(scope="module")

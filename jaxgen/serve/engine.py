@@ -1,0 +1,314 @@
+"""The engine: requests come from any thread, and one thread of its own runs the model."""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from jaxgen.data.tokenizer import TextStream, Tokenizer, check_vocab
+from jaxgen.errors import UserError
+from jaxgen.models.decoder import Decoder
+from jaxgen.progress import progress
+from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.core import EngineCore
+from jaxgen.serve.request import FinishReason, Request, SamplingConfig
+from jaxgen.serve.stop import StopStrings
+from jaxgen.serve.weights import Dtype
+
+
+class Piece(NamedTuple):
+    """What has newly come of an answer."""
+
+    tokens: list[int]
+    """Those of a stop string included; a stop id is not."""
+    text: str
+    """Without a stop string; a character appears once all its bytes are there."""
+
+
+class Answer:
+    """The answer to one request, as it comes. Iterate over it in one thread; cancel it from any."""
+
+    def __init__(
+        self, core: EngineCore, request: Request, stream: TextStream | None, stop: list[str]
+    ):
+        self._core, self._request, self._stream = core, request, stream
+        self._stop = StopStrings(stop)
+        self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it has ended, if it has."""
+        return self._request.finish_reason
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens that it answers."""
+        return self._request.prompt
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Waits for each piece. Raises what has ended the engine, if something has."""
+        while (piece := self._pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def result(self) -> Piece:
+        """Waits for the rest, and returns it in one piece."""
+        pieces = list(self)
+        tokens = [token for piece in pieces for token in piece.tokens]
+        return Piece(tokens, "".join(piece.text for piece in pieces))
+
+    def cancel(self) -> None:
+        """Ends it; what has come so far stays."""
+        self._core.cancel(self._request)
+
+    def _take(self, tokens: list[int]) -> bool:
+        """In the engine's thread: passes tokens on, and ends the request at a stop string.
+
+        Returns whether it has ended.
+        """
+        text, reason = "", self.finish_reason
+        if self._stream is not None:
+            text = "".join(map(self._stream.push, tokens))
+            text += self._stream.flush() if reason is not None else ""
+            text, found = self._stop.push(text, last=reason is not None)
+            if found:
+                self._core.cancel(self._request, "stop")
+                self._request.finish_reason = reason = "stop"
+        if tokens or text:
+            self._pieces.put(Piece(tokens, text))
+        if reason is not None:
+            self._pieces.put(None)
+        return reason is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What an engine does and has done."""
+
+    queued: int
+    """Requests that wait for a place."""
+    running: int
+    """Requests that have one."""
+    blocks_used: int
+    """Pages of the cache that requests hold."""
+    blocks: int
+    """Pages that there are."""
+    prompt_tokens: int
+    """Tokens of prompts, so far."""
+    prompt_tokens_found: int
+    """Of these, those that the prefix cache had."""
+    tokens_generated: int
+    """Tokens of answers."""
+    preemptions: int
+    """Times that a request lost its place to others."""
+    compilations: int
+    """Programs compiled, all of them before the first request."""
+    recompiles: int
+    """Programs compiled since."""
+
+
+class Engine:
+    """Serves one model: `submit` from any thread, or `generate` for many prompts at once.
+
+    All programs are compiled before it is made; then nothing is. Use it as a context manager, or
+    close it.
+
+    Make it inside the `jax.set_mesh(mesh)` of the model; rows are spread over `data`, `fsdp` and
+    `expert`, kv heads over `tensor`.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        dtype: Dtype | None = None,
+    ):
+        """Compiles everything and starts the thread.
+
+        Args:
+            model: of which a copy for decoding is made; see `for_serving`.
+            tokenizer: for prompts and answers that are text; its end of text ends every answer.
+            config: how many requests it serves at once, and how.
+            dtype: of weights and cache; None for that of `for_serving`.
+
+        Raises:
+            UserError: the mesh cannot serve, or is one of several processes.
+        """
+        if jax.process_count() > 1:
+            raise UserError(
+                f"an engine serves from one process and there are {jax.process_count()}, which "
+                "would each see other requests first; use jaxgen.Generator, alike in all of them"
+            )
+        self._core = EngineCore(model, config or EngineConfig(), dtype)
+        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
+        self._core.runner.compile_all()
+        self._compiled = self._core.runner.compilations
+        self._answers: dict[Request, Answer] = {}
+        self._closing, self._error = False, None
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingConfig | None = None,
+        *,
+        stop_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        priority: int = 0,
+    ) -> Answer:
+        """Takes a request and returns its answer, which is yet to come.
+
+        Args:
+            prompt: text, or token ids.
+            sampling: how tokens are chosen.
+            stop_ids: tokens that end the answer, besides the tokenizer's end of text.
+            stop: texts that end the answer, of which they are no part.
+            priority: lower numbers go first.
+
+        Raises:
+            QueueFull: too many wait already.
+            UserError: the model cannot answer this, or the engine is closed.
+        """
+        return self._submit(prompt, sampling or SamplingConfig(), stop_ids, stop, priority)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        stop_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+    ) -> list[Piece]:
+        """Answers all prompts and returns when the last is done; any number may be given.
+
+        Args:
+            prompts: texts, or token ids.
+            sampling: for all prompts, or one for each.
+            stop_ids: tokens that end an answer, besides the tokenizer's end of text.
+            stop: texts that end an answer, of which they are no part.
+
+        Raises:
+            UserError: the model cannot answer one of them.
+        """
+        if sampling is None or isinstance(sampling, SamplingConfig):
+            sampling = [sampling or SamplingConfig()] * len(prompts)
+        answers = []
+        try:
+            for i, (prompt, each) in enumerate(zip(prompts, sampling, strict=True)):
+                name = f"prompt {i}"
+                answer = self._submit(prompt, each, stop_ids, stop, 0, name=name, bounded=False)
+                answers.append(answer)
+            results = []
+            with progress("generating", len(answers), is_bytes=False) as show:
+                for answer in answers:
+                    results.append(answer.result())
+                    show(len(results))
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return results
+
+    def stats(self) -> EngineStats:
+        """Returns what the engine does now and has done."""
+        core = self._core
+        with core.changed:
+            scheduler = core.scheduler
+            return EngineStats(
+                queued=scheduler.num_waiting,
+                running=len(scheduler.rows),
+                blocks_used=sum(pool.used for pool in core.pools),
+                blocks=sum(pool.num_blocks - 1 for pool in core.pools),
+                prompt_tokens=scheduler.prompt_tokens,
+                prompt_tokens_found=scheduler.prompt_tokens_found,
+                tokens_generated=core.tokens_generated,
+                preemptions=scheduler.preemptions,
+                compilations=self._compiled,
+                recompiles=core.runner.compilations - self._compiled,
+            )
+
+    def close(self) -> None:
+        """Cancels what has not ended, and returns when the thread has."""
+        with self._core.changed:
+            self._closing = True
+            self._core.changed.notify_all()
+        self._thread.join()
+
+    def _submit(
+        self, prompt, sampling, stop_ids, stop, priority, *, name="the prompt", bounded=True
+    ):
+        tokenizer, core = self._tokenizer, self._core
+        stops = set(stop_ids)
+        if tokenizer is not None:
+            stops.add(tokenizer.eos_id)
+        elif isinstance(prompt, str) or stop:
+            raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
+        ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        core.check(name, ids, sampling.max_tokens)
+        request = Request(tuple(map(int, ids)), sampling, frozenset(stops), priority)
+        stream = None if tokenizer is None else TextStream(tokenizer)
+        answer = Answer(core, request, stream, list(stop))
+        with core.changed:
+            if self._error is not None:
+                raise UserError("the engine has failed; make another") from self._error
+            if self._closing:
+                raise UserError("the engine is closed; make another")
+            core.submit(request, bounded=bounded)
+            self._answers[request] = answer
+        return answer
+
+    def _serve(self) -> None:
+        try:
+            while self._wait():
+                for request, tokens in self._core.step():
+                    self._pass_on(request, tokens)
+                self._sweep()
+            self._sweep()
+        except BaseException as error:
+            self._fail(error)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; returns whether to go on."""
+        core = self._core
+        with core.changed:
+            while core.scheduler.idle and not self._answers and not self._closing:
+                core.changed.wait()
+            if self._closing:
+                for request in self._answers:
+                    core.scheduler.cancel(request)
+            return not self._closing
+
+    def _pass_on(self, request: Request, tokens: list[int]) -> None:
+        answer = self._answers.get(request)
+        if answer is not None and answer._take(tokens):
+            del self._answers[request]
+
+    def _sweep(self) -> None:
+        """Ends the answers of requests that were cancelled."""
+        with self._core.changed:
+            cancelled = [each for each in self._answers if each.finish_reason == "cancelled"]
+        for request in cancelled:
+            self._pass_on(request, [])
+
+    def _fail(self, error: BaseException) -> None:
+        with self._core.changed:
+            self._error = error
+            answers = list(self._answers.values())
+            self._answers.clear()
+        for answer in answers:
+            answer._pieces.put(error)
