@@ -3,7 +3,8 @@
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,15 +29,25 @@ class Piece(NamedTuple):
     """Without a stop string; a character appears once all its bytes are there."""
 
 
+Deliver = Callable[[Piece | BaseException | None], None]
+"""Takes each piece of an answer, then None; or what has ended the engine."""
+
+
 class Answer:
     """The answer to one request, as it comes. Iterate over it in one thread; cancel it from any."""
 
     def __init__(
-        self, core: EngineCore, request: Request, stream: TextStream | None, stop: list[str]
+        self,
+        core: EngineCore,
+        request: Request,
+        stream: TextStream | None,
+        stop: list[str],
+        deliver: Deliver | None,
     ):
         self._core, self._request, self._stream = core, request, stream
         self._stop = StopStrings(stop)
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        self._deliver = deliver or self._pieces.put
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -79,9 +90,9 @@ class Answer:
                 self._core.cancel(self._request, "stop")
                 self._request.finish_reason = reason = "stop"
         if tokens or text:
-            self._pieces.put(Piece(tokens, text))
+            self._deliver(Piece(tokens, text))
         if reason is not None:
-            self._pieces.put(None)
+            self._deliver(None)
         return reason is not None
 
 
@@ -97,6 +108,8 @@ class EngineStats:
     """Pages of the cache that requests hold."""
     blocks: int
     """Pages that there are."""
+    block_size: int
+    """Tokens of a page."""
     prompt_tokens: int
     """Tokens of prompts, so far."""
     prompt_tokens_found: int
@@ -150,9 +163,13 @@ class Engine:
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
         self._core.runner.compile_all()
+        self._begin()
+
+    def _begin(self) -> None:
         self._compiled = self._core.runner.compilations
         self._answers: dict[Request, Answer] = {}
         self._closing, self._error = False, None
+        self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -170,6 +187,8 @@ class Engine:
         stop_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         priority: int = 0,
+        ignore_eos: bool = False,
+        deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
 
@@ -179,12 +198,23 @@ class Engine:
             stop_ids: tokens that end the answer, besides the tokenizer's end of text.
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
+            ignore_eos: whether the tokenizer's end of text does not end the answer.
+            deliver: called in the engine's thread with what else waits to be iterated over; it
+                must return at once.
 
         Raises:
             QueueFull: too many wait already.
             UserError: the model cannot answer this, or the engine is closed.
         """
-        return self._submit(prompt, sampling or SamplingConfig(), stop_ids, stop, priority)
+        return self._submit(
+            prompt,
+            sampling or SamplingConfig(),
+            stop_ids,
+            stop,
+            priority,
+            ignore_eos=ignore_eos,
+            deliver=deliver,
+        )
 
     def generate(
         self,
@@ -234,6 +264,7 @@ class Engine:
                 running=len(scheduler.rows),
                 blocks_used=sum(pool.used for pool in core.pools),
                 blocks=sum(pool.num_blocks - 1 for pool in core.pools),
+                block_size=core.config.block_size,
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,
@@ -241,6 +272,27 @@ class Engine:
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
             )
+
+    @property
+    def config(self) -> EngineConfig:
+        """How many requests it serves at once, and how."""
+        return self._core.config
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a prompt and its answer at most: what the model takes and the cache holds."""
+        pool, config = self._core.pools[0], self._core.runner.model.config
+        return min(config.max_seq_len, (pool.num_blocks - 1) * pool.block_size)
+
+    @property
+    def still_s(self) -> float:
+        """For how long it has had work and not done a step; infinite if it has failed.
+
+        Waits for nothing, not even for an engine that does not move.
+        """
+        if self._error is not None:
+            return float("inf")
+        return 0.0 if self._core.scheduler.idle else time.monotonic() - self._moved
 
     def close(self) -> None:
         """Cancels what has not ended, and returns when the thread has."""
@@ -250,19 +302,29 @@ class Engine:
         self._thread.join()
 
     def _submit(
-        self, prompt, sampling, stop_ids, stop, priority, *, name="the prompt", bounded=True
+        self,
+        prompt,
+        sampling,
+        stop_ids,
+        stop,
+        priority,
+        *,
+        name="the prompt",
+        bounded=True,
+        ignore_eos=False,
+        deliver=None,
     ):
         tokenizer, core = self._tokenizer, self._core
         stops = set(stop_ids)
-        if tokenizer is not None:
+        if tokenizer is not None and not ignore_eos:
             stops.add(tokenizer.eos_id)
-        elif isinstance(prompt, str) or stop:
+        if tokenizer is None and (isinstance(prompt, str) or stop):
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
         ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         core.check(name, ids, sampling.max_tokens)
         request = Request(tuple(map(int, ids)), sampling, frozenset(stops), priority)
         stream = None if tokenizer is None else TextStream(tokenizer)
-        answer = Answer(core, request, stream, list(stop))
+        answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:
                 raise UserError("the engine has failed; make another") from self._error
@@ -278,6 +340,7 @@ class Engine:
                 for request, tokens in self._core.step():
                     self._pass_on(request, tokens)
                 self._sweep()
+                self._moved = time.monotonic()
             self._sweep()
         except BaseException as error:
             self._fail(error)
@@ -288,6 +351,7 @@ class Engine:
         with core.changed:
             while core.scheduler.idle and not self._answers and not self._closing:
                 core.changed.wait()
+                self._moved = time.monotonic()
             if self._closing:
                 for request in self._answers:
                     core.scheduler.cancel(request)
@@ -311,4 +375,4 @@ class Engine:
             answers = list(self._answers.values())
             self._answers.clear()
         for answer in answers:
-            answer._pieces.put(error)
+            answer._deliver(error)
