@@ -40,9 +40,7 @@ def parse(body: bytes) -> Any:
         Refused: it is not JSON, of which NaN and Infinity are no part.
     """
     try:
-        return json.loads(
-            body.decode(), parse_constant=_refuse_constant, parse_float=_parse_float
-        )
+        return json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_parse_float)
     except RecursionError:
         raise Refused("the body is nested too deeply; send a flatter one") from None
     except ValueError as error:

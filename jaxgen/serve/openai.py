@@ -6,6 +6,7 @@ import functools
 import hmac
 import importlib.resources
 import json
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,8 @@ class Api:
             raise Unavailable("the server is starting; try again when /ready says 200")
         if self.draining:
             raise Unavailable("the server is stopping; ask another one")
+        if self._engine.still_s == math.inf:
+            raise Unavailable("the engine has failed; the server has to be restarted")
         return self._served, self._engine
 
     def may(self, scope: Scope) -> bool:
