@@ -39,7 +39,8 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE | {"compiler", "distributed", "nn", "models", "data", "checkpoint", "config"},
+    "serve": BASE
+    | {"compiler", "distributed", "progress", "nn", "models", "data", "checkpoint", "config"},
     "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}

@@ -165,10 +165,13 @@ def _ask(
             )
         except UserError as error:
             raise Refused(str(error), name) from None
-    top_k = max(given.get("top_k", served.defaults.top_k), 0)
-    asked = {key: float(given[key]) for key in ("temperature", "top_p") if key in given}
+    d = served.defaults
     sampling = dataclasses.replace(
-        served.defaults, max_tokens=max_tokens, **({"top_k": top_k} | asked)
+        d,
+        max_tokens=max_tokens,
+        temperature=float(given.get("temperature", d.temperature)),
+        top_k=max(given.get("top_k", d.top_k), 0),
+        top_p=float(given.get("top_p", d.top_p)),
     )
     seed = given.get("seed", secrets.randbits(32))
     ignore_eos = given.get("ignore_eos", False)

@@ -316,9 +316,9 @@ class Engine:
     ):
         tokenizer, core = self._tokenizer, self._core
         stops = set(stop_ids)
-        if tokenizer is not None and not ignore_eos:
-            stops.add(tokenizer.eos_id)
-        if tokenizer is None and (isinstance(prompt, str) or stop):
+        if tokenizer is not None:
+            stops |= set() if ignore_eos else {tokenizer.eos_id}
+        elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
         ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         core.check(name, ids, sampling.max_tokens)

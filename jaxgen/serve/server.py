@@ -1,5 +1,6 @@
 """A server as a process: its socket, its signals, and its end."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -87,16 +88,19 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: it cannot.
     """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen at {host} port {port} ({error.strerror}); give another --host or --port"
-        ) from None
+    with contextlib.ExitStack() as undo:
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listening = undo.enter_context(socket.socket(family))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(2048)
+        except OSError as error:
+            raise UserError(
+                f"cannot listen at {host} port {port} ({error.strerror}); "
+                "give another --host or --port"
+            ) from None
+        undo.pop_all()
     listening.setblocking(False)
     return listening
 

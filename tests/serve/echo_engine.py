@@ -40,16 +40,18 @@ class Echo:
             raise self.broken
         rows = [(chunk.row, 1) for chunks in plan.rounds for chunk in chunks if chunk.last]
         rows += [(row, plan.steps) for row in plan.rows]
-        return [self.run(row, steps) for row, steps in rows]
+        return [
+            self.run(row, steps, 0 if i else self.step_s) for i, (row, steps) in enumerate(rows)
+        ]
 
-    def run(self, row, steps):
+    def run(self, row, steps, seconds):
         begun = len(row.tokens) - len(row.request.prompt)
         at = begun if steps == 1 and row not in self.next else self.next[row]
         self.next[row] = at + steps
         tokens = [token_of(row.request, at + i) for i in range(steps)]
 
         def fetch():
-            time.sleep(self.step_s)
+            time.sleep(seconds)
             if row.request.finish_reason:
                 self.next.pop(row, None)
             return [(row, tokens)]
