@@ -202,9 +202,14 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
     from jaxgen.serve.engine import Engine
     from jaxgen.serve.request import SamplingConfig
     from jaxgen.serve.schema import Served
-    from jaxgen.serve.server import serve
     from jaxgen.sharding import make_mesh
 
+    try:
+        from jaxgen.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"jaxgen serve needs {error.name}; install it with: pip install 'jaxgen[serve]'"
+        ) from None
     name = args.name or Path(args.source).name
     said = args.model.generation
     # Where the model's makers say nothing, OpenAI's defaults.

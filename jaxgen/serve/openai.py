@@ -48,7 +48,7 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
 
-_HANDLED = (UserError, HTTPException, Unavailable, EngineFailed, Exception)
+_HANDLED = (UserError, HTTPException, Unavailable, EngineFailed, ClientDisconnect, Exception)
 
 _T = TypeVar("_T")
 
@@ -100,6 +100,11 @@ class Api:
     def start(self, served: Served, engine: Engine) -> None:
         """Begins to take requests."""
         self._served, self._engine = served, engine
+
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._engine is not None:
+            self._engine.close()
 
     @property
     def stuck(self) -> bool:
@@ -336,4 +341,6 @@ def _respond(refused: Refusal) -> Response:
 def _handle(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # Starlette's own: no such path, or not with this method.
         return _respond(Refusal(error.status_code, error.detail, headers=error.headers or {}))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # Which nobody reads.
     return _respond(refusal(error))

@@ -1,6 +1,7 @@
 """A server as a process: its socket, its signals, and its end."""
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -25,7 +26,8 @@ def serve(
     """Serves a model until it is told to stop; returns the exit code.
 
     The port answers at once, and requests as soon as `start`, in a thread, has made the engine.
-    SIGTERM or Ctrl-C lets those that are being answered finish; a second one does not.
+    SIGTERM or Ctrl-C lets those that are being answered finish; a second one does not. The process
+    ends with it if the engine cannot, with code 1 if it is stuck.
 
     Args:
         name: of the model, in requests.
@@ -50,12 +52,16 @@ def serve(
             server.should_exit = True
 
     print(f"starting: {name} at {address(listening)}", flush=True)
-    # A daemon: a compilation cannot be interrupted.
-    threading.Thread(target=begin, daemon=True, name="jaxgen-start").start()
+    starting = threading.Thread(target=begin, daemon=True, name="jaxgen-start")
+    starting.start()
     server.run(sockets=[listening])
     if failures:
         raise failures[0]
-    return 1 if server.api.stuck else 0
+    if starting.is_alive() or server.api.stuck:
+        # It compiles or hangs: nothing can stop that, and Python would wait for its threads.
+        os._exit(int(server.api.stuck))
+    server.api.close()
+    return 0
 
 
 class Server(uvicorn.Server):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import socket
 import threading
 
 import httpx
@@ -295,6 +296,20 @@ def test_what_is_no_json_post_is_refused(server):
     missing = server.http.get("/v1/embeddings")
     assert missing.status_code == 404
     assert missing.json()["error"]["type"] == "not_found_error"
+
+
+def test_a_body_that_does_not_come_or_breaks_off(server, monkeypatch):
+    monkeypatch.setattr("jaxgen.serve.openai.BODY_TIMEOUT_S", 0.2)
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    place = server.url.removeprefix("http://").split(":")
+    for path in (b"/v1/completions", b"/tokenize"):
+        with socket.create_connection(place) as client:
+            client.sendall(head % path + b"\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place) as client:
+            client.sendall(head % path + b"\r\n{")
+    wait_for(lambda: not server.api.answering)
+    assert server.post("/v1/completions", COMPLETION).status_code == 200
 
 
 def test_keys():

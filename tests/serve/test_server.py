@@ -29,11 +29,14 @@ from jaxgen.serve.server import listen
 HERE = Path(__file__).parent
 ECHO = """
 import sys, time
+from concurrent.futures import ThreadPoolExecutor
 from echo_engine import EchoEngine, served
 from jaxgen.serve.server import serve
 
 def start():
-    time.sleep(float(sys.argv[1]))
+    # As compilations do, in threads that Python waits for at its end.
+    with ThreadPoolExecutor() as threads:
+        threads.submit(time.sleep, float(sys.argv[1])).result()
     model = served()
     return model, EchoEngine(model.tokenizer, step_s=float(sys.argv[2]), slots=8, queue=64)
 
@@ -126,7 +129,7 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_it_listens_before_it_is_ready_and_ends_at_once():
-    with Process(start_s=60) as server:
+    with Process(start_s=100) as server:
         assert ready(server.url) == 503
         assert httpx.get(f"{server.url}/health").status_code == 200
         server.process.send_signal(signal.SIGTERM)
