@@ -93,8 +93,12 @@ class EngineCore:
 
     def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
         """Serves requests to their ends, and tells how many have ended."""
-        for request in requests:
-            self.submit(request, bounded=False)
-        while not self.scheduler.idle:
-            self.step()
-            show(sum(request.finish_reason is not None for request in requests))
+        try:
+            for request in requests:
+                self.submit(request, bounded=False)
+            while not self.scheduler.idle:
+                self.step()
+                show(sum(request.finish_reason is not None for request in requests))
+        finally:
+            for request in requests:
+                self.cancel(request)

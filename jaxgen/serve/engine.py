@@ -168,7 +168,8 @@ class Engine:
     def _begin(self) -> None:
         self._compiled = self._core.runner.compilations
         self._answers: dict[Request, Answer] = {}
-        self._closing, self._error = False, None
+        self._closing = False
+        self._error: BaseException | None = None
         self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
@@ -314,16 +315,16 @@ class Engine:
         ignore_eos=False,
         deliver=None,
     ):
-        tokenizer, core = self._tokenizer, self._core
+        tokenizer, core, stream = self._tokenizer, self._core, None
         stops = set(stop_ids)
         if tokenizer is not None:
             stops |= set() if ignore_eos else {tokenizer.eos_id}
+            stream = TextStream(tokenizer)
+            prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        core.check(name, ids, sampling.max_tokens)
-        request = Request(tuple(map(int, ids)), sampling, frozenset(stops), priority)
-        stream = None if tokenizer is None else TextStream(tokenizer)
+        core.check(name, prompt, sampling.max_tokens)
+        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:

@@ -85,7 +85,8 @@ class Runner:
         chunks = {self._chunk_size(n) for n in range(1, self.config.prefill_chunk + 1)}
         batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
         reads: list[Key] = [("read", chunk) for chunk in sorted(chunks)]
-        return reads + [("decode", batch) for batch in sorted(batches)]
+        decodes: list[Key] = [("decode", batch) for batch in sorted(batches)]
+        return reads + decodes
 
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
@@ -162,19 +163,19 @@ class Runner:
         """Arguments of `read` in which every row only fills the batch."""
         rows, nobody = self.shards, self.shards * self.slots_per_shard
 
-        def line(dtype, *shape):
-            return np.zeros((rows, *shape), dtype)
+        def line(dtype: Any, *shape: int, fill: int = 0) -> Any:
+            return np.full((rows, *shape), fill, dtype)
 
         asked = Slots(
             tokens=line(np.int32),
             positions=line(np.int32),
             done=line(np.bool_),
             limits=line(np.int32),
-            stop_ids=np.full((rows, NUM_STOPS), NO_STOP, np.int32),
+            stop_ids=line(np.int32, NUM_STOPS, fill=NO_STOP),
             seeds=line(np.uint32),
             temperature=line(np.float32),
             top_k=line(np.int32),
-            top_p=np.ones(rows, np.float32),
+            top_p=line(np.float32, fill=1),
         )
         return Chunks(
             tokens=line(np.int32, size),
@@ -182,7 +183,7 @@ class Runner:
             starts=line(np.int32),
             sizes=line(np.int32),
             last=line(np.bool_),
-            slots=np.full(rows, nobody, np.int32),
+            slots=line(np.int32, fill=nobody),
             asked=asked,
         )
 
@@ -250,7 +251,7 @@ class Runner:
                 ("decode", self._batch_size(self.slots_per_shard)),
             ]
             # What a program needs besides the pages does not depend on their number.
-            needs = [self._compile(key, 2).memory_analysis() for key in largest]
+            needs: list[Any] = [self._compile(key, 2).memory_analysis() for key in largest]
             # Twice: a program is started before the last one has given its memory back.
             needed = 2 * max(need.temp_size_in_bytes + need.output_size_in_bytes for need in needs)
             room = memory["bytes_limit"] - memory["bytes_in_use"] - needed

@@ -3,6 +3,7 @@
 import threading
 import time
 import types
+import weakref
 from collections import deque
 
 from jaxgen.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Echo:
     def __init__(self, step_s):
         config = types.SimpleNamespace(vocab_size=258, max_seq_len=MAX_SEQ_LEN)
         self.model = types.SimpleNamespace(config=config)
-        self.step_s, self.broken, self.next = step_s, None, {}
+        self.step_s, self.broken, self.next = step_s, None, weakref.WeakKeyDictionary()
 
     def dispatch(self, plan):
         if self.broken:
@@ -52,8 +53,6 @@ class Echo:
 
         def fetch():
             time.sleep(seconds)
-            if row.request.finish_reason:
-                self.next.pop(row, None)
             return [(row, tokens)]
 
         return types.SimpleNamespace(fetch=fetch, asked=steps)
