@@ -1,11 +1,9 @@
 """The engine: requests come from any thread, and one thread of its own runs the model."""
 
 import dataclasses
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 
@@ -13,87 +11,11 @@ from jaxgen.data.tokenizer import TextStream, Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
+from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import FinishReason, Request, SamplingConfig
-from jaxgen.serve.stop import StopStrings
+from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
-
-
-class Piece(NamedTuple):
-    """What has newly come of an answer."""
-
-    tokens: list[int]
-    """Those of a stop string included; a stop id is not."""
-    text: str
-    """Without a stop string; a character appears once all its bytes are there."""
-
-
-Deliver = Callable[[Piece | BaseException | None], None]
-"""Takes each piece of an answer, then None; or what has ended the engine."""
-
-
-class Answer:
-    """The answer to one request, as it comes. Iterate over it in one thread; cancel it from any."""
-
-    def __init__(
-        self,
-        core: EngineCore,
-        request: Request,
-        stream: TextStream | None,
-        stop: list[str],
-        deliver: Deliver | None,
-    ):
-        self._core, self._request, self._stream = core, request, stream
-        self._stop = StopStrings(stop)
-        self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
-        self._deliver = deliver or self._pieces.put
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it has ended, if it has."""
-        return self._request.finish_reason
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The tokens that it answers."""
-        return self._request.prompt
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Waits for each piece. Raises what has ended the engine, if something has."""
-        while (piece := self._pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-    def result(self) -> Piece:
-        """Waits for the rest, and returns it in one piece."""
-        pieces = list(self)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return Piece(tokens, "".join(piece.text for piece in pieces))
-
-    def cancel(self) -> None:
-        """Ends it; what has come so far stays."""
-        self._core.cancel(self._request)
-
-    def _take(self, tokens: list[int]) -> bool:
-        """In the engine's thread: passes tokens on, and ends the request at a stop string.
-
-        Returns whether it has ended.
-        """
-        text, reason = "", self.finish_reason
-        if self._stream is not None:
-            text = "".join(map(self._stream.push, tokens))
-            text += self._stream.flush() if reason is not None else ""
-            text, found = self._stop.push(text, last=reason is not None)
-            if found:
-                self._core.cancel(self._request, "stop")
-                self._request.finish_reason = reason = "stop"
-        if tokens or text:
-            self._deliver(Piece(tokens, text))
-        if reason is not None:
-            self._deliver(None)
-        return reason is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +282,7 @@ class Engine:
 
     def _pass_on(self, request: Request, tokens: list[int]) -> None:
         answer = self._answers.get(request)
-        if answer is not None and answer._take(tokens):
+        if answer is not None and answer.take(tokens):
             del self._answers[request]
 
     def _sweep(self) -> None:
@@ -376,4 +298,4 @@ class Engine:
             answers = list(self._answers.values())
             self._answers.clear()
         for answer in answers:
-            answer._deliver(error)
+            answer.fail(error)

@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+from jaxgen.serve.answer import Answer, Piece
 from jaxgen.serve.ask import Ask
-from jaxgen.serve.engine import Answer, Engine, Piece
+from jaxgen.serve.engine import Engine
 from jaxgen.serve.prometheus import Metrics
 from jaxgen.serve.refusal import EngineFailed
 from jaxgen.serve.request import FinishReason

@@ -1,6 +1,7 @@
 """The HTTP server, by OpenAI's own client and by clients that behave badly."""
 
 import asyncio
+import gc
 import json
 import random
 import socket
@@ -13,6 +14,7 @@ from echo_engine import served
 from prometheus_client.parser import text_string_to_metric_families
 from serving import running, wait_for
 
+from jaxgen.serve.job import Job
 from jaxgen.serve.prometheus import CONTENT_TYPE
 from jaxgen.serve.request import SamplingConfig
 
@@ -116,6 +118,9 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(client, server, stream):
     assert complete("a🙂b", "🙂") == ("a", "stop")
     ids = {"extra_body": {"stop_token_ids": [ord("w")]}}
     assert complete("one two", None, **ids) == ("one t", "stop")
+    # Tokens count up to the one that completes the text, not to the end of the engine's burst.
+    made = client.completions.create(prompt="abcdefghij", stop="f", **GREEDY)
+    assert (made.choices[0].text, made.usage.completion_tokens) == ("abcde", 6)
     wait_for(lambda: server.engine.stats().blocks_used == 0)
 
 
@@ -409,6 +414,8 @@ def test_clients_that_leave_leave_nothing_behind():
         stats = server.engine.stats()
         assert (stats.queued, stats.running, stats.blocks_used) == (0, 0, 0)
         assert server.engine.idle
+        gc.collect()
+        assert not any(isinstance(each, Job) for each in gc.get_objects())
         assert server.metric('jaxgen_requests_total{model_name="echo",reason="cancelled"}') > 100
         assert server.post("/v1/completions", COMPLETION).status_code == 200
 
