@@ -253,6 +253,8 @@ class Engine:
                 raise UserError("the engine has failed; make another") from self._error
             if self._closing:
                 raise UserError("the engine is closed; make another")
+            if core.scheduler.idle:
+                self._moved = time.monotonic()
             core.submit(request, bounded=bounded)
             self._answers[request] = answer
         return answer
@@ -274,7 +276,6 @@ class Engine:
         with core.changed:
             while core.scheduler.idle and not self._answers and not self._closing:
                 core.changed.wait()
-                self._moved = time.monotonic()
             if self._closing:
                 for request in self._answers:
                     core.scheduler.cancel(request)

@@ -94,6 +94,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: it cannot.
     """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port {port}; use a number from 0, for any that is free, to 65535")
     with contextlib.ExitStack() as undo:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -103,8 +105,7 @@ def listen(host: str, port: int) -> socket.socket:
             listening.listen(2048)
         except OSError as error:
             raise UserError(
-                f"cannot listen at {host} port {port} ({error.strerror}); "
-                "give another --host or --port"
+                f"cannot listen at {host} port {port} ({error}); give another --host or --port"
             ) from None
         undo.pop_all()
     listening.setblocking(False)

@@ -141,6 +141,8 @@ def test_a_start_that_fails_is_the_commands_failure(tmp_path, capsys):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1 port {port}"):
             listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match="--port 99999; use a number"):
+        listen("127.0.0.1", 99999)
     assert main(["serve", str(tmp_path)]) == 2
     assert "is no model" in capsys.readouterr().err
 
