@@ -338,7 +338,7 @@ def _respond(refused: Refusal) -> Response:
     return _json(refused.body, refused.status, dict(refused.headers))
 
 
-def _handle(_: Request, error: Exception) -> Response:
+async def _handle(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # Starlette's own: no such path, or not with this method.
         return _respond(Refusal(error.status_code, error.detail, headers=error.headers or {}))
     if isinstance(error, ClientDisconnect):
