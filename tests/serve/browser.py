@@ -34,7 +34,7 @@ class Page:
         target = self.call("Target.createTarget", url=url)["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
-        self.wait("document.readyState === 'complete'")
+        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def call(self, method, **params):
         self._number += 1

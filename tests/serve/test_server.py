@@ -53,7 +53,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
         )
         self.url = self.line("starting: echo at ")
 
