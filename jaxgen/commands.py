@@ -134,7 +134,7 @@ def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) 
     # Not the mesh it was trained on, which may not be here; any other gives the same text.
     found = args.model.serve_config()
     if command.serves:
-        from jaxgen.serve.config import ServerConfig
+        from jaxgen.serve.server_config import ServerConfig
 
         found = ServerConfig(found.model, found.mesh, found.rules, found.compute)
     return fields.override(found, overrides)

@@ -39,8 +39,7 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE
-    | {"compiler", "distributed", "progress", "nn", "models", "data", "checkpoint", "config"},
+    "serve": BASE | {"nn", "models", "data", "progress", "config"},
     "eval": BASE | {"compiler", "nn", "models", "data", "config", "pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from jaxgen.config import ServeConfig
 from jaxgen.errors import UserError
 
 
@@ -36,11 +35,3 @@ class EngineConfig:
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig(ServeConfig):
-    """What a trained model is served with."""
-
-    engine: EngineConfig = EngineConfig()
-    """How many requests are served at once, and how."""
