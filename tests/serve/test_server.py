@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -145,6 +146,47 @@ def test_a_start_that_fails_is_the_commands_failure(tmp_path, capsys):
         listen("127.0.0.1", 99999)
     assert main(["serve", str(tmp_path)]) == 2
     assert "is no model" in capsys.readouterr().err
+
+
+def test_the_command_serves_a_folder_to_who_has_a_key(tmp_path):
+    write_folder = runpy.run_path(str(HERE.parent / "formats" / "small_folders.py"))["write_folder"]
+    write_folder(tmp_path / "small", generation={"eos_token_id": [257, 9]})
+    settings = ["--engine.max_num_seqs=2", "--engine.prefill_chunk=16", "--engine.kv_blocks=8"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jaxgen",
+            "serve",
+            str(tmp_path / "small"),
+            "--port",
+            "0",
+            *settings,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAXGEN_API_KEY": "secret"}
+        | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+    )
+    try:
+        url = process.stdout.readline().split()[-1]
+        assert process.stdout.readline() == f"ready: small at {url}\n"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="secret") as client:
+            (model,) = client.models.list().data
+            assert (model.id, model.max_model_len) == ("small", 64)
+            made = client.completions.create(model="small", prompt="hello", temperature=0)
+            assert made.usage.prompt_tokens == 6
+            assert made.choices[0].finish_reason in ("stop", "length")
+            message = {"role": "user", "content": "x"}
+            with pytest.raises(openai.BadRequestError, match="no chat template"):
+                client.chat.completions.create(model="small", messages=[message])
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_keys_come_from_files_and_the_environment(tmp_path):
