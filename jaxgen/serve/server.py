@@ -26,8 +26,8 @@ def serve(
     """Serves a model until it is told to stop; returns the exit code.
 
     The port answers at once, and requests as soon as `start`, in a thread, has made the engine.
-    SIGTERM or Ctrl-C lets those that are being answered finish; a second one does not. The process
-    ends with it if the engine cannot, with code 1 if it is stuck.
+    SIGTERM or Ctrl-C lets those that are being answered finish; with a second one, or if the engine
+    is stuck, the process ends without that, and with code 1.
 
     Args:
         name: of the model, in requests.
@@ -57,9 +57,9 @@ def serve(
     server.run(sockets=[listening])
     if failures:
         raise failures[0]
-    if starting.is_alive() or server.api.stuck:
+    if starting.is_alive() or server.force_exit:
         # It compiles or hangs: nothing can stop that, and Python would wait for its threads.
-        os._exit(int(server.api.stuck))
+        os._exit(int(server.force_exit))
     server.api.close()
     return 0
 

@@ -32,7 +32,10 @@ ECHO = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
 from echo_engine import EchoEngine, served
+from jaxgen.serve import openai
 from jaxgen.serve.server import serve
+
+openai.STUCK_S = float(sys.argv[3])
 
 def start():
     # As compilations do, in threads that Python waits for at its end.
@@ -48,9 +51,9 @@ sys.exit(serve("echo", start, host="127.0.0.1", port=0))
 class Process:
     """A server in a process of its own, and the address that it prints."""
 
-    def __init__(self, start_s=0.0, step_s=0.02):
+    def __init__(self, start_s=0.0, step_s=0.02, stuck_s=60):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ECHO, str(start_s), str(step_s)],
+            [sys.executable, "-c", ECHO, str(start_s), str(step_s), str(stuck_s)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,7 +128,22 @@ def test_a_second_signal_does_not_wait():
         for _ in range(2):
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
-        assert server.end()[0] == 0
+        assert server.end()[0] == 1
+        assert asking.exception() or asking.result().status_code == 500
+
+
+def test_an_engine_that_hangs_does_not_hold_the_server():
+    with (
+        Process(step_s=1000, stuck_s=0.5) as server,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        server.line("ready")
+        url = f"{server.url}/v1/completions"
+        asking = threads.submit(httpx.post, url, json={"prompt": "x"}, timeout=100)
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 1
         assert asking.exception() or asking.result().status_code == 500
 
 
@@ -144,6 +162,10 @@ def test_a_start_that_fails_is_the_commands_failure(tmp_path, capsys):
             listen("127.0.0.1", port)
     with pytest.raises(ValueError, match="--port 99999; use a number"):
         listen("127.0.0.1", 99999)
+    with Process(start_s=-1) as server:
+        code, _, err = server.end()
+        assert code == 1
+        assert err.endswith("ValueError: sleep length must be non-negative\n")
     assert main(["serve", str(tmp_path)]) == 2
     assert "is no model" in capsys.readouterr().err
 
