@@ -140,6 +140,7 @@ def main() -> None:
                 process.stdin.write(json.dumps([task, turn]) + "\n")
                 process.stdin.flush()
                 seconds[task][side].append(float(process.stdout.readline()))
+            print(f"turn {turn}, {task}: {seconds[task]}", file=sys.stderr, flush=True)
     for process in processes.values():
         process.stdin.close()
         process.wait()

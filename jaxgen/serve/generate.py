@@ -11,6 +11,9 @@ from jaxgen.serve.core import EngineCore
 from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
+# Prompts answered at once; more take their turns.
+MAX_NUM_SEQS = 64
+
 
 class Generator:
     """Generates from one model; keeps the programs that it compiles, and prefixes it has read.
@@ -22,7 +25,7 @@ class Generator:
         self, model: Decoder, *, dtype: Dtype | None = None, config: EngineConfig | None = None
     ):
         """Makes a copy of the model for decoding; see `for_serving`."""
-        self.core = EngineCore(model, config or EngineConfig(max_num_seqs=64), dtype)
+        self.core = EngineCore(model, config or EngineConfig(max_num_seqs=MAX_NUM_SEQS), dtype)
         self.model = self.core.runner.model
 
     def __call__(
@@ -62,7 +65,7 @@ def generate(
     stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
     """Generates once, see `Generator`; keep one of those instead if there is more to generate."""
-    return Generator(model)(prompts, sampling, stop_ids)
+    return _for_so_many(model, len(prompts))(prompts, sampling, stop_ids)
 
 
 def generate_text(
@@ -82,7 +85,7 @@ def generate_text(
         UserError: as `Generator`, or the tokenizer has tokens that the model has not, or no chat
             template.
     """
-    generator = model if isinstance(model, Generator) else Generator(model)
+    generator = model if isinstance(model, Generator) else _for_so_many(model, len(prompts))
     check_vocab(tokenizer, generator.model.config.vocab_size)
     if chat:
         ids = [
@@ -92,3 +95,9 @@ def generate_text(
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     stops = list(dict.fromkeys([*stop_ids, tokenizer.eos_id]))
     return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
+
+
+def _for_so_many(model: Decoder, num_prompts: int) -> Generator:
+    """Returns a generator whose cache has room for so many prompts and not for more."""
+    slots = min(max(num_prompts, 1), MAX_NUM_SEQS)
+    return Generator(model, config=EngineConfig(max_num_seqs=slots))

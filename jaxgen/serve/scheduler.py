@@ -218,6 +218,8 @@ class Scheduler:
 
     def _place(self, request: Request) -> Row | None:
         """Returns a row for the request in the shard that suits best, or None if none has room."""
+        if not any(self._slots):
+            return None
         tokens = [*request.prompt, *request.output]
         chain = Chain(self.pools[0].block_size, self.salt)
         chain.extend(tokens)
@@ -253,7 +255,7 @@ class Scheduler:
         room = [self.chunk] * len(self.pools)
         for row in sorted(self.rows, key=lambda row: row.request.rank):
             size = min(len(row.tokens) - row.read, self.chunk)
-            # A chunk is not cut to what another has left: it would only be one more.
+            # Not cut to what others have left: it would only be one chunk more.
             if size and size <= room[row.shard]:
                 room[row.shard] -= size
                 chunk = Chunk(row, row.read, size)

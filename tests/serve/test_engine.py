@@ -80,7 +80,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+FULL = ("one_step", "fsdp")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in VARIANTS]
+)
 def test_200_mixed_requests_together_get_what_each_gets_alone(name, alone):
     changes, mesh = VARIANTS[name]
     with jax.set_mesh(mesh_of(mesh)):
