@@ -90,6 +90,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "write what a run with lora has trained as an adapter for peft, not merged",
     },
+    "--host": {
+        "default": "127.0.0.1",
+        "metavar": "ADDRESS",
+        "help": "where to listen; 0.0.0.0 for all that reach this machine (default: 127.0.0.1)",
+    },
+    "--port": _number("P", "where to listen; 0 for any that is free", 8000),
+    "--name": {"metavar": "NAME", "help": "of the model in requests (default: MODEL's last part)"},
+    "--api-key-file": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "API keys, one a line, of which requests must bring one; so is JAXGEN_API_KEY "
+        "(default: whoever reaches the server may ask)",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }
 
@@ -107,6 +120,8 @@ class Command(NamedTuple):
     """Makes the config where no source is given; None if one must be."""
     outputs: tuple[str, ...] = ()
     """What is given after the source: DIR."""
+    serves: bool = False
+    """Whether the config also says how an engine deals with many requests."""
 
     @property
     def usage(self) -> str:
@@ -140,7 +155,12 @@ def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) 
 
     args.model = open_model(path)
     # Not the mesh it was trained on, which may not be here; any other gives the same text.
-    return fields.override(args.model.serve_config(), overrides)
+    found = args.model.serve_config()
+    if command.serves:
+        from jaxgen.serve.server_config import ServerConfig
+
+        found = ServerConfig(found.model, found.mesh, found.rules, found.compute)
+    return fields.override(found, overrides)
 
 
 def _start() -> None:
@@ -191,6 +211,53 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
         )
     for prompt, completion in zip(prompts, completions, strict=True):
         print(completion if args.chat else prompt + completion)
+
+
+def _serve(args: argparse.Namespace, config: Any) -> int:
+    from jaxgen.serve.keys import read_keys
+
+    keys = read_keys(args.api_key_file or (), os.environ)
+    _start()
+    import jax
+
+    from jaxgen.pretrained import load_model
+    from jaxgen.serve.engine import Engine
+    from jaxgen.serve.request import SamplingConfig
+    from jaxgen.serve.schema import Served
+    from jaxgen.sharding import make_mesh
+
+    try:
+        from jaxgen.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"jaxgen serve needs {error.name}; install it with: pip install 'jaxgen[serve]'"
+        ) from None
+    name = args.name or Path(args.source).name
+    said = args.model.generation
+    # Where the model's makers say nothing, OpenAI's defaults.
+    defaults = SamplingConfig(
+        temperature=1.0 if said.temperature is None else said.temperature,
+        top_k=said.top_k or 0,
+        top_p=1.0 if said.top_p is None else said.top_p,
+    )
+    mesh = make_mesh(config.mesh)
+
+    def start() -> tuple[Served, Engine]:
+        model, tokenizer = load_model(args.model, config, mesh)
+        with jax.set_mesh(mesh):
+            engine = Engine(model, tokenizer, config.engine)
+        served = Served(
+            name=name,
+            tokenizer=tokenizer,
+            vocab_size=config.model.vocab_size,
+            max_seq_len=engine.max_seq_len,
+            stop_ids=said.stop_ids,
+            defaults=defaults,
+            max_requests=config.engine.max_queued_requests,
+        )
+        return served, engine
+
+    return serve(name, start, host=args.host, port=args.port, keys=keys)
 
 
 def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
@@ -297,6 +364,13 @@ SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "-
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "serve": Command(
+        "Serves a model over HTTP, as OpenAI does.",
+        _serve,
+        MODEL,
+        ("--host", "--port", "--name", "--api-key-file"),
+        serves=True,
+    ),
     "eval": Command(
         "Measures a trained model on questions with choices, or on texts.",
         _eval,

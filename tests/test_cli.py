@@ -46,7 +46,7 @@ def run_python(*args):
     [
         (["trian"], "no command 'trian'; did you mean train?"),
         (["frobnicate"], "no command 'frobnicate'; see jaxgen --help"),
-        (["serve", "runs/tiny"], "no command 'serve'"),
+        (["serve", "runs/tiny"], "runs/tiny is no model"),
         (["data"], "jaxgen data takes pack or show"),
         (["bench", "serve"], "jaxgen bench takes train or collectives, not 'serve'"),
         (["train"], "jaxgen train needs CONFIG.py[:name]: a Python file"),

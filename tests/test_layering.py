@@ -40,7 +40,7 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE | {"nn", "models", "data", "progress"},
+    "serve": BASE | {"nn", "models", "data", "progress", "config"},
     "eval": BASE
     | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},

@@ -1,10 +1,9 @@
 """The engine: requests come from any thread, and one thread of its own runs the model."""
 
 import dataclasses
-import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Sequence
 
 import jax
 
@@ -13,77 +12,11 @@ from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
+from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import FinishReason, Request, SamplingConfig
-from jaxgen.serve.stop import StopStrings
+from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
-
-
-class Piece(NamedTuple):
-    """What has newly come of an answer."""
-
-    tokens: list[int]
-    """Those of a stop string included; a stop id is not."""
-    text: str
-    """Without a stop string; a character appears once all its bytes are there."""
-
-
-class Answer:
-    """The answer to one request, as it comes. Iterate over it in one thread; cancel it from any."""
-
-    def __init__(
-        self, core: EngineCore, request: Request, stream: TextStream | None, stop: list[str]
-    ):
-        self._core, self._request, self._stream = core, request, stream
-        self._stop = StopStrings(stop)
-        self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it has ended, if it has."""
-        return self._request.finish_reason
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The tokens that it answers."""
-        return self._request.prompt
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Waits for each piece. Raises what has ended the engine, if something has."""
-        while (piece := self._pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-    def result(self) -> Piece:
-        """Waits for the rest, and returns it in one piece."""
-        pieces = list(self)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return Piece(tokens, "".join(piece.text for piece in pieces))
-
-    def cancel(self) -> None:
-        """Ends it; what has come so far stays."""
-        self._core.cancel(self._request)
-
-    def _take(self, tokens: list[int]) -> bool:
-        """In the engine's thread: passes tokens on, and ends the request at a stop string.
-
-        Returns whether it has ended.
-        """
-        text, reason = "", self.finish_reason
-        if self._stream is not None:
-            text = "".join(map(self._stream.push, tokens))
-            text += self._stream.flush() if reason is not None else ""
-            text, found = self._stop.push(text, last=reason is not None)
-            if found:
-                self._core.cancel(self._request, "stop")
-                self._request.finish_reason = reason = "stop"
-        if tokens or text:
-            self._pieces.put(Piece(tokens, text))
-        if reason is not None:
-            self._pieces.put(None)
-        return reason is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +31,8 @@ class EngineStats:
     """Pages of the cache that requests hold."""
     blocks: int
     """Pages that there are."""
+    block_size: int
+    """Tokens of a page."""
     prompt_tokens: int
     """Tokens of prompts, so far."""
     prompt_tokens_found: int
@@ -151,10 +86,14 @@ class Engine:
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
         self._core.runner.compile_all()
+        self._begin()
+
+    def _begin(self) -> None:
         self._compiled = self._core.runner.compilations
         self._answers: dict[Request, Answer] = {}
         self._closing = False
         self._error: BaseException | None = None
+        self._moved = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -172,6 +111,8 @@ class Engine:
         stop_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         priority: int = 0,
+        ignore_eos: bool = False,
+        deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
 
@@ -181,12 +122,23 @@ class Engine:
             stop_ids: tokens that end the answer, besides the tokenizer's end of text.
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
+            ignore_eos: whether the tokenizer's end of text does not end the answer.
+            deliver: called in the engine's thread with what else waits to be iterated over; it
+                must return at once.
 
         Raises:
             QueueFull: too many wait already.
             UserError: the model cannot answer this, or the engine is closed.
         """
-        return self._submit(prompt, sampling or SamplingConfig(), stop_ids, stop, priority)
+        return self._submit(
+            prompt,
+            sampling or SamplingConfig(),
+            stop_ids,
+            stop,
+            priority,
+            ignore_eos=ignore_eos,
+            deliver=deliver,
+        )
 
     def generate(
         self,
@@ -236,6 +188,7 @@ class Engine:
                 running=len(scheduler.rows),
                 blocks_used=sum(pool.used for pool in core.pools),
                 blocks=sum(pool.num_blocks - 1 for pool in core.pools),
+                block_size=core.config.block_size,
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,
@@ -243,6 +196,27 @@ class Engine:
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
             )
+
+    @property
+    def config(self) -> EngineConfig:
+        """How many requests it serves at once, and how."""
+        return self._core.config
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of a prompt and its answer at most: what the model takes and the cache holds."""
+        pool, config = self._core.pools[0], self._core.runner.model.config
+        return min(config.max_seq_len, (pool.num_blocks - 1) * pool.block_size)
+
+    @property
+    def still_s(self) -> float:
+        """For how long it has had work and not done a step; infinite if it has failed.
+
+        Waits for nothing, not even for an engine that does not move.
+        """
+        if self._error is not None:
+            return float("inf")
+        return 0.0 if self._core.scheduler.idle else time.monotonic() - self._moved
 
     def close(self) -> None:
         """Cancels what has not ended, and returns when the thread has."""
@@ -252,24 +226,36 @@ class Engine:
         self._thread.join()
 
     def _submit(
-        self, prompt, sampling, stop_ids, stop, priority, *, name="the prompt", bounded=True
+        self,
+        prompt,
+        sampling,
+        stop_ids,
+        stop,
+        priority,
+        *,
+        name="the prompt",
+        bounded=True,
+        ignore_eos=False,
+        deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
         stops = set(stop_ids)
         if tokenizer is not None:
-            stops.add(tokenizer.eos_id)
+            stops |= set() if ignore_eos else {tokenizer.eos_id}
             stream = TextStream(tokenizer)
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
         core.check(name, prompt, sampling.max_tokens)
         request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
-        answer = Answer(core, request, stream, list(stop))
+        answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:
                 raise UserError("the engine has failed; make another") from self._error
             if self._closing:
                 raise UserError("the engine is closed; make another")
+            if core.scheduler.idle:
+                self._moved = time.monotonic()
             core.submit(request, bounded=bounded)
             self._answers[request] = answer
         return answer
@@ -280,6 +266,7 @@ class Engine:
                 for request, tokens in self._core.step():
                     self._pass_on(request, tokens)
                 self._sweep()
+                self._moved = time.monotonic()
             self._sweep()
         except BaseException as error:
             self._fail(error)
@@ -297,7 +284,7 @@ class Engine:
 
     def _pass_on(self, request: Request, tokens: list[int]) -> None:
         answer = self._answers.get(request)
-        if answer is not None and answer._take(tokens):
+        if answer is not None and answer.take(tokens):
             del self._answers[request]
 
     def _sweep(self) -> None:
@@ -313,4 +300,4 @@ class Engine:
             answers = list(self._answers.values())
             self._answers.clear()
         for answer in answers:
-            answer._pieces.put(error)
+            answer.fail(error)

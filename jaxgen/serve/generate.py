@@ -93,7 +93,7 @@ def generate_text(
         ]
     else:
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    stops = [*stop_ids, tokenizer.eos_id]
+    stops = list(dict.fromkeys([*stop_ids, tokenizer.eos_id]))
     return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 
 

@@ -1,0 +1,192 @@
+"""From the body of a request to what the engine is asked for."""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxgen.data import chat
+from jaxgen.errors import UserError
+from jaxgen.serve import schema
+from jaxgen.serve.body import Refused, check, parse
+from jaxgen.serve.request import SamplingConfig, check_prompt
+from jaxgen.serve.schema import Served
+
+# OpenAI's, of /v1/completions.
+DEFAULT_MAX_TOKENS = 16
+
+
+class NoSuchModel(Refused):
+    """A body names a model that is not served."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """The answers that one body asks for, and how to give them."""
+
+    prompts: list[Sequence[int]]
+    """One for each choice, in the order of their indices."""
+    samplings: list[SamplingConfig]
+    echoes: list[str]
+    """What stands before the text of each."""
+    stop: list[str]
+    """An answer ends before the first of these texts."""
+    stop_ids: list[int]
+    ignore_eos: bool
+    """Whether to go on after the tokenizer's end of text."""
+    prompt_tokens: int
+    """Of all prompts, each counted once."""
+    stream: bool
+    include_usage: bool
+
+
+def read(served: Served, path: str, body: bytes) -> dict[str, Any]:
+    """Returns the body of a POST to a path, without what is null.
+
+    Raises:
+        Refused: it is not what the path takes.
+    """
+    given = parse(body)
+    if isinstance(given, dict):
+        name = given.get("model")
+        if isinstance(name, str) and name != served.name:
+            raise NoSuchModel(
+                f"no such model; model={served.name!r} is the one that is served", "model"
+            )
+    check(given, schema.BODIES[path](served))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def ask_completion(served: Served, body: bytes) -> Ask:
+    """Returns what a body to /v1/completions asks for.
+
+    Raises:
+        Refused: it cannot be done.
+    """
+    given = read(served, "/v1/completions", body)
+    if "best_of" in given and given.get("n", 1) > 1:
+        raise Refused("best_of=1 is less than n; leave it out", "best_of")
+    prompt = given["prompt"]
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    prompts = [prompt] if single else prompt
+    tokenizer = served.tokenizer
+    tokens = [tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
+    echoes = [""] * len(prompts)
+    if given.get("echo"):
+        echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+    names = ["prompt"] if single else [f"prompt[{i}]" for i in range(len(prompts))]
+    return _ask(served, given, names, tokens, echoes, given.get("max_tokens", DEFAULT_MAX_TOKENS))
+
+
+def ask_chat(served: Served, body: bytes) -> Ask:
+    """Returns what a body to /v1/chat/completions asks for.
+
+    Raises:
+        Refused: it cannot be done.
+    """
+    given = read(served, "/v1/chat/completions", body)
+    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(limits) > 1:
+        raise Refused("max_tokens differs from max_completion_tokens; send one", "max_tokens")
+    tokens = encode_messages(served, given["messages"])
+    room = max(served.max_seq_len - len(tokens), 1)
+    return _ask(served, given, ["messages"], [tokens], [""], min(limits, default=room))
+
+
+def encode_messages(served: Served, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the ids from which the model answers a conversation.
+
+    Raises:
+        Refused: the model has no chat template, or the template refuses the conversation.
+    """
+    plain = []
+    for message in messages:
+        text = message["content"]
+        if not isinstance(text, str):
+            text = "".join(part["text"] for part in text)
+        # The name that OpenAI's newer models have for it; templates know only the old one.
+        role = "system" if message["role"] == "developer" else message["role"]
+        named = {"name": message["name"]} if message.get("name") is not None else {}
+        plain.append({"role": role, "content": text, **named})
+    try:
+        return chat.encode_prompt(served.tokenizer, plain)
+    except UserError as error:
+        raise Refused(str(error), "messages") from None
+
+
+def tokenize(served: Served, body: bytes) -> list[int]:
+    """Returns the ids that a body to /tokenize asks for.
+
+    Raises:
+        Refused: it cannot be done.
+    """
+    given = read(served, "/tokenize", body)
+    if "messages" in given:
+        return encode_messages(served, given["messages"])
+    if given.get("add_special_tokens", True):
+        return served.tokenizer.encode_prompt(given["prompt"])
+    return served.tokenizer.encode(given["prompt"], special=True)
+
+
+def detokenize(served: Served, body: bytes) -> str:
+    """Returns the text that a body to /detokenize asks for, special tokens by their names.
+
+    Raises:
+        Refused: it cannot be done.
+    """
+    return served.tokenizer.decode(read(served, "/detokenize", body)["tokens"], special=True)
+
+
+def _ask(
+    served: Served,
+    given: Mapping[str, Any],
+    names: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    echoes: Sequence[str],
+    max_tokens: int,
+) -> Ask:
+    stream, count = given.get("stream", False), given.get("n", 1)
+    if "stream_options" in given and not stream:
+        raise Refused("stream_options is for stream=true; leave it out", "stream_options")
+    if len(prompts) * count > served.max_requests:
+        raise Refused(
+            f"{len(prompts)} prompts with n={count} are more than the {served.max_requests} "
+            "answers that may wait here; send fewer at once",
+            "n" if count > 1 else "prompt",
+        )
+    for name, prompt in zip(names, prompts, strict=True):
+        try:
+            check_prompt(
+                name,
+                prompt,
+                max_tokens,
+                vocab_size=served.vocab_size,
+                max_seq_len=served.max_seq_len,
+            )
+        except UserError as error:
+            raise Refused(str(error), name) from None
+    d = served.defaults
+    sampling = dataclasses.replace(
+        d,
+        max_tokens=max_tokens,
+        temperature=float(given.get("temperature", d.temperature)),
+        top_k=max(given.get("top_k", d.top_k), 0),
+        top_p=float(given.get("top_p", d.top_p)),
+    )
+    seed = given.get("seed", secrets.randbits(32))
+    ignore_eos = given.get("ignore_eos", False)
+    stop = given.get("stop", [])
+    return Ask(
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        samplings=[
+            dataclasses.replace(sampling, seed=(seed + at) % 2**32)
+            for at in range(len(prompts) * count)
+        ],
+        echoes=[echo for echo in echoes for _ in range(count)],
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_ids=[*given.get("stop_token_ids", ()), *(() if ignore_eos else served.stop_ids)],
+        ignore_eos=ignore_eos,
+        prompt_tokens=sum(map(len, prompts)),
+        stream=stream,
+        include_usage=given.get("stream_options", {}).get("include_usage") or False,
+    )

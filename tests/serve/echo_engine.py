@@ -1,0 +1,114 @@
+"""The engine around a model of a few lines, which repeats the prompt: no device, no compilation."""
+
+import threading
+import time
+import types
+import weakref
+from collections import deque
+
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.serve.blocks import Blocks
+from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.core import EngineCore
+from jaxgen.serve.engine import Engine
+from jaxgen.serve.request import SamplingConfig
+from jaxgen.serve.scheduler import Scheduler
+from jaxgen.serve.schema import Served
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+EOS = 257
+MAX_SEQ_LEN = 4096
+
+
+class Echo:
+    """Stands for the runner: after the prompt comes the prompt, rotated by the seed, and its end.
+
+    A greedy answer is not rotated.
+    """
+
+    compilations = 0
+
+    def __init__(self, step_s):
+        config = types.SimpleNamespace(vocab_size=258, max_seq_len=MAX_SEQ_LEN)
+        self.model = types.SimpleNamespace(config=config)
+        self.step_s, self.broken, self.next = step_s, None, weakref.WeakKeyDictionary()
+
+    def dispatch(self, plan):
+        if self.broken:
+            raise self.broken
+        rows = [(chunk.row, 1) for chunks in plan.rounds for chunk in chunks if chunk.last]
+        rows += [(row, plan.steps) for row in plan.rows]
+        return [
+            self.run(row, steps, 0 if i else self.step_s) for i, (row, steps) in enumerate(rows)
+        ]
+
+    def run(self, row, steps, seconds):
+        begun = len(row.tokens) - len(row.request.prompt)
+        at = begun if steps == 1 and row not in self.next else self.next[row]
+        self.next[row] = at + steps
+        tokens = [token_of(row.request, at + i) for i in range(steps)]
+
+        def fetch():
+            time.sleep(seconds)
+            return [(row, tokens)]
+
+        return types.SimpleNamespace(fetch=fetch, asked=steps)
+
+
+def token_of(request, at):
+    size = len(request.prompt)
+    if at % (size + 1) == size:
+        return EOS
+    shift = request.sampling.seed if request.sampling.temperature else 0
+    return request.prompt[(at + shift) % size]
+
+
+class EchoCore(EngineCore):
+    def __init__(self, config, step_s):
+        self.config, self.runner = config, Echo(step_s)
+        self.pools = [Blocks(config.kv_blocks + 1, config.block_size)]
+        self.scheduler = Scheduler(
+            self.pools,
+            slots_per_shard=config.max_num_seqs,
+            chunk=config.prefill_chunk,
+            burst=config.burst,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+        )
+        self.tokens_generated, self.changed = 0, threading.Condition()
+        self._flying = deque()
+
+
+class EchoEngine(Engine):
+    def __init__(self, tokenizer, *, step_s=0.0, slots=8, blocks=511, queue=32):
+        config = EngineConfig(
+            max_num_seqs=slots, kv_blocks=blocks, max_queued_requests=queue, burst=4
+        )
+        self._core, self._tokenizer = EchoCore(config, step_s), tokenizer
+        self._begin()
+
+    @property
+    def idle(self):
+        return self._core.scheduler.idle and not self._answers
+
+
+def tokenizer():
+    """Bytes, without a begin of text, so that the echo of a text is that text."""
+    model = Tokenizer.from_bytes()._special
+    return Tokenizer(model, bos=None, eos="<|end_of_text|>", pad=None, chat_template=TEMPLATE)
+
+
+def served(**changes):
+    values = {
+        "name": "echo",
+        "tokenizer": tokenizer(),
+        "vocab_size": 258,
+        "max_seq_len": MAX_SEQ_LEN,
+        "stop_ids": (EOS,),
+        "defaults": SamplingConfig(temperature=1.0),
+        "max_requests": 32,
+    }
+    return Served(**(values | changes))

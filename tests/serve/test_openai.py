@@ -1,0 +1,461 @@
+"""The HTTP server, by OpenAI's own client and by clients that behave badly."""
+
+import asyncio
+import gc
+import json
+import random
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+from echo_engine import served
+from prometheus_client.parser import text_string_to_metric_families
+from serving import running, wait_for
+
+from jaxgen.serve.job import Job
+from jaxgen.serve.prometheus import CONTENT_TYPE
+from jaxgen.serve.request import SamplingConfig
+
+GREEDY = {"model": "echo", "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.mark.smoke
+def test_openais_client_completes(client):
+    made = client.completions.create(prompt="hello world", **GREEDY)
+    assert made.choices[0].text == "hello world"
+    assert made.choices[0].finish_reason == "stop"
+    assert made.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 11,
+        "completion_tokens": 11,
+        "total_tokens": 22,
+    }
+    cut = client.completions.create(prompt="hello world", max_tokens=5, **GREEDY)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("hello", "length")
+    # OpenAI's default there.
+    assert client.completions.create(prompt="x" * 99, **GREEDY).usage.completion_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("ab", ["ab"]),
+        (["ab", "c"], ["ab", "c"]),
+        ([97, 98], ["ab"]),
+        ([[97, 98], [99]], ["ab", "c"]),
+    ],
+)
+def test_prompts_are_texts_or_tokens(client, prompt, texts):
+    for n in (1, 2):
+        made = client.completions.create(prompt=prompt, echo=True, n=n, **GREEDY)
+        assert [c.text for c in made.choices] == [t + t for t in texts for _ in range(n)]
+        assert [c.index for c in made.choices] == list(range(len(texts) * n))
+        assert made.usage.prompt_tokens == len("".join(texts))
+
+
+def test_openais_client_chats_and_streams(client):
+    asked = {"messages": [{"role": "user", "content": "Grüße 🙂"}], **GREEDY}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == "user: Grüße 🙂\nassistant: "
+    chunks = list(
+        client.chat.completions.create(
+            stream=True, n=2, stream_options={"include_usage": True}, **asked
+        )
+    )
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 2 * whole.usage.completion_tokens
+    for index in range(2):
+        mine = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in mine) == whole.choices[0].message.content
+        assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["stop"]
+        assert len(mine) > 3
+    made = client.completions.create(prompt="abc", echo=True, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in made) == "abcabc"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    both = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]
+    made = client.chat.completions.create(messages=both, **GREEDY)
+    assert made.choices[0].message.content == "system: x\nuser: ab\nassistant: "
+
+
+def test_a_chat_without_a_limit_may_fill_the_model(client):
+    asked = {"messages": [{"role": "user", "content": "abc"}], **GREEDY}
+    made = client.chat.completions.create(extra_body={"ignore_eos": True}, **asked)
+    assert made.usage.total_tokens == 4096
+    assert made.choices[0].finish_reason == "length"
+    made = client.chat.completions.create(max_completion_tokens=3, **asked)
+    assert made.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_texts_end_an_answer_and_are_no_part_of_it(client, server, stream):
+    def complete(prompt, stop, **more):
+        asked = {"prompt": prompt, "stop": stop, "max_tokens": 64, **GREEDY, **more}
+        made = client.completions.create(stream=stream, **asked)
+        choices = [chunk.choices[0] for chunk in made] if stream else made.choices
+        return "".join(choice.text for choice in choices), choices[-1].finish_reason
+
+    assert complete("one two three", "two") == ("one ", "stop")
+    assert complete("one two three", ["three", "tw"]) == ("one ", "stop")
+    # Beginnings of it that come to nothing, inside and at the end.
+    assert complete("aaab abab", "abc") == ("aaab abab", "stop")
+    assert complete("abab", "abx", max_tokens=4) == ("abab", "length")
+    # It is only in the answer, not in the prompt that stands before it.
+    assert complete("one two", "two", echo=True) == ("one twoone ", "stop")
+    assert complete("a🙂b", "🙂") == ("a", "stop")
+    ids = {"extra_body": {"stop_token_ids": [ord("w")]}}
+    assert complete("one two", None, **ids) == ("one t", "stop")
+    # Tokens count up to the one that completes the text, not to the end of the engine's burst.
+    made = client.completions.create(prompt="abcdefghij", stop="f", **GREEDY)
+    assert (made.choices[0].text, made.usage.completion_tokens) == ("abcde", 6)
+    wait_for(lambda: server.engine.stats().blocks_used == 0)
+
+
+def test_a_seed_decides_the_draws(client):
+    def texts(**more):
+        made = client.completions.create(model="echo", prompt="abcdefgh", temperature=1, **more)
+        return [choice.text for choice in made.choices]
+
+    # The engine rotates the prompt by the seed.
+    assert texts(seed=2, n=3) == ["cdefghab", "defghabc", "efghabcd"]
+    assert texts(seed=2**32 + 1) == texts(seed=1) == ["bcdefgha"]
+    assert texts(seed=-1) == texts(seed=2**32 - 1)
+    assert len({texts()[0] for _ in range(20)}) > 1
+
+
+def test_what_the_model_says_of_itself_holds_where_a_request_says_nothing():
+    model = served(defaults=SamplingConfig(temperature=0.0, top_k=5))
+    with running(model=model) as server:
+        seen = []
+        submit = server.engine.submit
+
+        def watched(prompt, sampling, **more):
+            seen.append(sampling)
+            return submit(prompt, sampling, **more)
+
+        server.engine.submit = watched
+        asked = {"prompt": "ab", "seed": 7}
+        server.post("/v1/completions", asked)
+        server.post("/v1/completions", asked | {"top_k": -1, "top_p": 0.5, "temperature": 2})
+    assert seen[0] == SamplingConfig(max_tokens=16, temperature=0.0, top_k=5, seed=7)
+    assert (seen[1].top_k, seen[1].top_p, seen[1].temperature) == (0, 0.5, 2)
+
+
+def test_models_and_tokens(client, server):
+    (model,) = client.models.list().data
+    assert (model.id, client.models.retrieve("echo").id) == ("echo", "echo")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    made = server.post("/tokenize", {"prompt": "aé"}).json()
+    assert made == {"tokens": [97, 0xC3, 0xA9], "count": 3, "max_model_len": 4096}
+    assert server.post("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "aé"}
+    messages = [{"role": "user", "content": "x"}]
+    made = server.post("/tokenize", {"messages": messages}).json()
+    assert bytes(made["tokens"]) == b"user: x\nassistant: "
+
+
+COMPLETION = {"prompt": "ab"}
+CHAT = {"messages": [{"role": "user", "content": "ab"}]}
+ANYTHING_ELSE = [
+    *[-1, 10**400, -(10**30), 1e308, 0.5, True, "", "x", "\ud800", [], [[]], {}, {"": 1}, [None]]
+]
+# What each parameter takes, of the values above.
+FINE = {
+    "prompt": ["x"],
+    "messages": [],
+    "echo": [True],
+    "stream": [True],
+    "ignore_eos": [True],
+    "temperature": [0.5],
+    "top_p": [0.5],
+    "top_k": [-1],
+    "seed": [-1],
+    "stop": ["x", []],
+    "stop_token_ids": [[]],
+    "metadata": [{}],
+    "user": ["", "x"],
+    "logit_bias": [{}],
+    "parallel_tool_calls": [True],
+    "tools": [[]],
+    "functions": [[]],
+    "prompt_cache_key": ["", "x"],
+    "safety_identifier": ["", "x"],
+    "suffix": [""],
+    "stream_options": [],
+}
+
+
+def malformed(pick, properties, valid):
+    """A body that is wrong in one way, as bytes, and the parameter to blame if there is one."""
+    kind = pick.randrange(10)
+    text = json.dumps(valid).encode()
+    if kind == 0:
+        return text[: pick.randrange(len(text))], None
+    if kind == 1:
+        wrong = pick.choice([b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 9999, b"\xff"])
+        return text[:-1] + b', "temperature": ' + wrong + b"}", None
+    if kind == 2:
+        name = pick.choice(["temprature", "top_n", "\ud800", "", "__class__", "a b", "x" * 99])
+        return json.dumps(valid | {name: 1}).encode(), None
+    if kind == 3:
+        return json.dumps(pick.choice([None, 1, "x", [], [valid], True])).encode(), None
+    name = pick.choice(sorted(set(properties) - {"model"}))
+    fine = [json.dumps(value) for value in FINE.get(name, [])]
+    wrong = [value for value in ANYTHING_ELSE if json.dumps(value) not in fine]
+    return json.dumps(valid | {name: pick.choice(wrong)}).encode(), name
+
+
+def test_a_thousand_malformed_bodies_are_refused_by_name(server):
+    pick = random.Random(0)
+    paths = server.http.get("/openapi.json").json()["paths"]
+    submitted = server.engine.stats().prompt_tokens
+    headers = {"Content-Type": "application/json"}
+    for _ in range(1000):
+        path, valid = pick.choice([("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body, name = malformed(pick, schema["properties"], valid)
+        answer = server.http.post(path, content=body, headers=headers)
+        assert answer.status_code == 400, (body, answer.text)
+        error = answer.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert 0 < len(error["message"]) < 400
+        assert "\n" not in error["message"]
+        if name:
+            assert error["param"].startswith(name)
+            assert name in error["message"]
+    assert server.engine.stats().prompt_tokens == submitted
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": "x" * 10_000_000}, 413, "1310720 bytes"),
+        ({"prompt": [97] * 4090}, 400, "prompt has 4090 tokens, which with max_tokens=16"),
+        ({"prompt": "x" * 4095, "max_tokens": 2}, 400, "model.max_seq_len=4096; use max_tokens=1"),
+        ({"prompt": ["x", "y" * 5000]}, 400, r"prompt[1] has 5000 tokens"),
+        ({"prompt": [97, 258]}, 400, "prompt[1]=258: expected an integer from 0 to 257"),
+        ({"prompt": [97, -1]}, 400, "prompt[1]=-1"),
+        ({"prompt": [97, "x"]}, 400, "prompt[1]"),
+        ({"prompt": ""}, 400, "prompt is empty; send a text"),
+        ({"prompt": "x", "logprobs": 3}, 400, "logprobs=3 is not supported; leave it out"),
+        ({"prompt": "x", "min_p": 0.1}, 400, "min_p=0.1 is not supported; leave it out or use 0"),
+        ({"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of=1 is less than n"),
+        ({"prompt": ["x"] * 11, "n": 3}, 400, "more than the 32 answers that may wait"),
+        ({"prompt": "x", "stream_options": {}}, 400, "stream_options is for stream=true"),
+        ({}, 400, "prompt is missing"),
+    ],
+)
+def test_refusals_say_what_and_how_much(server, body, status, words):
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "robot", "content": "x"}, 'messages[0].role="robot": expected "system" or'),
+        ({"role": "user"}, "messages[0].content is missing"),
+        ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, 'type="image_url"'),
+        ({"role": "user", "content": "\ud800"}, "surrogate"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "tool_calls=[...] is not"),
+    ],
+)
+def test_messages_are_refused_by_place(server, message, words):
+    answer = server.post("/v1/chat/completions", {"messages": [message]})
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_neutral_values_are_taken(server):
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for path, valid in [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]:
+        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for name, kind in schema["properties"].items():
+            if name in ("prompt", "messages"):
+                continue
+            for value in kind.get("enum", [None]):
+                assert server.post(path, valid | {name: value}).status_code == 200, (name, value)
+
+
+def test_what_is_no_json_post_is_refused(server):
+    form = server.http.post("/v1/completions", data={"prompt": "x"})
+    assert form.status_code == 415
+    assert server.http.get("/v1/completions").status_code == 405
+    missing = server.http.get("/v1/embeddings")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "not_found_error"
+
+
+def test_a_body_that_does_not_come_or_breaks_off(server, monkeypatch):
+    monkeypatch.setattr("jaxgen.serve.openai.BODY_TIMEOUT_S", 0.2)
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    place = server.url.removeprefix("http://").split(":")
+    for path in (b"/v1/completions", b"/tokenize"):
+        with socket.create_connection(place) as client:
+            client.sendall(head % path + b"\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place) as client:
+            client.sendall(head % path + b"\r\n{")
+    wait_for(lambda: not server.api.answering)
+    assert server.post("/v1/completions", COMPLETION).status_code == 200
+
+
+def test_keys():
+    with running(keys=["first key", "señor"]) as server:
+
+        def status(path, key=None):
+            headers = {} if key is None else {"Authorization": key}
+            return server.http.get(f"{path}", headers=headers).status_code
+
+        for path in ("/", "/health", "/ready", "/metrics", "/openapi.json"):
+            assert status(path) == 200
+        assert status("/v1/models", "Bearer first key") == 200
+        assert status("/v1/models", "Bearer señor".encode()) == 200
+        for key in (None, "", "Bearer", "Bearer first", "Basic first key", "first key"):
+            assert status("/v1/models", key) == 401
+        assert server.post("/v1/completions", COMPLETION).status_code == 401
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="first key") as client:
+            assert client.completions.create(prompt="ab", **GREEDY).choices[0].text == "ab"
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="other") as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+
+
+def test_metrics_parse_and_count(server, client):
+    before = server.metric("jaxgen_generation_tokens_total")
+    times = server.metric("jaxgen_time_to_first_token_seconds_count")
+    client.completions.create(prompt="x" * 50, max_tokens=40, **GREEDY)
+    client.completions.create(prompt="x" * 50, max_tokens=40, **GREEDY)
+    assert server.metric("jaxgen_generation_tokens_total") == before + 80
+    assert server.metric("jaxgen_time_to_first_token_seconds_count") == times + 2
+    assert server.metric("jaxgen_time_per_output_token_seconds_count") >= 2
+    # 50 tokens are three full blocks.
+    assert server.metric("jaxgen_prefix_cache_hit_tokens_total") >= 48
+    answer = server.http.get("/metrics")
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    families = {f.name: f for f in text_string_to_metric_families(answer.text)}
+    gauges = ("requests_waiting", "requests_running", "kv_cache_utilization")
+    assert all(families[f"jaxgen_{name}"].type == "gauge" for name in gauges)
+    (info,) = families["jaxgen_cache_config_info"].samples
+    assert info.labels == {"block_size": "16", "num_blocks": "511"}
+
+
+def test_a_full_queue_is_429_until_there_is_room():
+    with running(step_s=0.01, slots=2, queue=4) as server:
+
+        async def rush():
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                body = {"prompt": "x" * 20, "max_tokens": 20, **GREEDY}
+                asked = [client.post("/v1/completions", json=body) for _ in range(60)]
+                return await asyncio.gather(*asked)
+
+        answers = asyncio.run(rush())
+        codes = [answer.status_code for answer in answers]
+        assert set(codes) == {200, 429}
+        assert codes.count(200) >= 6
+        for answer in answers:
+            if answer.status_code == 429:
+                assert int(answer.headers["retry-after"]) > 0
+                assert answer.json()["error"]["code"] == "queue_full"
+            else:
+                assert answer.json()["choices"][0]["text"] == "x" * 20
+        # All or none: of a body whose answers do not all fit, none stays behind.
+        assert server.post("/v1/completions", COMPLETION).status_code == 200
+        wait_for(lambda: server.engine.idle)
+        assert server.engine.stats().blocks_used == 0
+        assert server.post("/v1/completions", {"prompt": "x", "n": 7}).status_code == 429
+        wait_for(lambda: server.engine.idle)
+
+
+def test_clients_that_leave_leave_nothing_behind():
+    with running(step_s=0.005, queue=400, blocks=4095) as server:
+        pick = random.Random(1)
+
+        async def leave(client):
+            body = {"prompt": "x" * pick.randrange(1, 99), "max_tokens": 2000, **GREEDY}
+            body |= {"ignore_eos": True, "stream": pick.random() < 0.5, "n": pick.choice([1, 1, 2])}
+            timeout = httpx.Timeout(pick.uniform(0.05, 1.5), connect=30)
+            try:
+                async with client.stream(
+                    "POST", "/v1/completions", json=body, timeout=timeout
+                ) as got:
+                    async for _ in got.aiter_bytes():
+                        if pick.random() < 0.1:
+                            break
+            except httpx.TimeoutException:
+                pass
+
+        async def all_of_them():
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            async with httpx.AsyncClient(base_url=server.url, limits=limits) as client:
+                await asyncio.gather(*(leave(client) for _ in range(200)))
+
+        asyncio.run(all_of_them())
+        wait_for(lambda: server.api.answering == 0 and server.engine.idle)
+        stats = server.engine.stats()
+        assert (stats.queued, stats.running, stats.blocks_used) == (0, 0, 0)
+        assert server.engine.idle
+        gc.collect()
+        assert not any(isinstance(each, Job) for each in gc.get_objects())
+        assert server.metric('jaxgen_requests_total{model_name="echo",reason="cancelled"}') > 100
+        assert server.post("/v1/completions", COMPLETION).status_code == 200
+
+
+def test_health_is_the_engines(monkeypatch):
+    with running(ready=False) as server:
+
+        def status(path):
+            return server.http.get(f"{path}").status_code
+
+        assert (status("/health"), status("/ready"), status("/metrics")) == (200, 503, 200)
+        assert server.post("/v1/completions", COMPLETION).status_code == 503
+        server.api.start(served(), server.engine)
+        assert (status("/health"), status("/ready")) == (200, 200)
+        monkeypatch.setattr("jaxgen.serve.openai.STUCK_S", 0.1)
+        answer = server.engine.submit([1, 2, 3], SamplingConfig(max_tokens=4000), ignore_eos=True)
+        with server.engine._core.changed:  # It has work, and cannot move.
+            wait_for(lambda: status("/health") == 503)
+            assert status("/ready") == 503
+        answer.cancel()
+        wait_for(lambda: status("/health") == 200)
+
+
+def test_an_engine_that_fails_fails_its_requests():
+    with running(step_s=0.01) as server:
+        body = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True}
+        answers = {}
+
+        def ask(stream):
+            answers[stream] = server.post("/v1/completions", body | {"stream": stream})
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: server.engine.stats().running == 2)
+        server.engine._core.runner.broken = RuntimeError("out of memory")
+        for thread in threads:
+            thread.join()
+        assert answers[False].status_code == 503
+        assert "the engine has failed" in answers[False].json()["error"]["message"]
+        *_, error, done, _ = answers[True].text.split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert done == "data: [DONE]"
