@@ -86,6 +86,7 @@ flash.splash = lambda *args, **kwargs: splash(*args, **(kwargs | {"window": None
 """
 
 
+@pytest.mark.full
 def test_a_backend_that_ignores_its_window_is_found_and_exits_with_1():
     code, out = run_doctor(1, BROKEN)
     assert code == 1

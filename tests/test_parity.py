@@ -22,7 +22,6 @@ QUICK = [
     MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
     MeshConfig(fsdp=2, context=2, tensor=2),
-    MeshConfig(fsdp=1, data=2, expert=2, tensor=2),
     MeshConfig(fsdp=1, pipeline=2, expert=4),
 ]
 

@@ -55,7 +55,13 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+# What `make test` has time for.
+QUICK = ("data2_fsdp2_tensor2", "pipeline2_tensor2_data2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=() if m in QUICK else pytest.mark.full) for m in MESHES]
+)
 def test_adapters_train_on_a_mesh_as_on_one_device(name):
     config, mesh = MESHES[name]
     lora = LORA if config.model.moe is None else OF_ATTENTION

@@ -89,10 +89,17 @@ def of_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "pipeline", "remat"),
     [
-        pytest.param("l", TWO, (0, 1), None, id="pipeline2"),
+        pytest.param("l", TWO, (0, 1), None, id="pipeline2", marks=pytest.mark.full),
         pytest.param("g", TWO, (4, 2), Remat(), id="pipeline2_repeats2"),
         pytest.param("g", MeshConfig(fsdp=1, pipeline=4), (4, 2), None, id="pipeline4_repeats2"),
-        pytest.param("l", MeshConfig(fsdp=1, pipeline=8), (8, 1), Remat(), id="pipeline8"),
+        pytest.param(
+            "l",
+            MeshConfig(fsdp=1, pipeline=8),
+            (8, 1),
+            Remat(),
+            id="pipeline8",
+            marks=pytest.mark.full,
+        ),
         pytest.param(
             "g", MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2), (4, 1), Remat(), id="data_tensor"
         ),

@@ -80,7 +80,13 @@ def assert_trained(run, metrics):
 @pytest.mark.parametrize(
     ("model", "mesh", "steps"),
     [
-        pytest.param(model, mesh, steps, id=f"{model}-{name}")
+        pytest.param(
+            model,
+            mesh,
+            steps,
+            id=f"{model}-{name}",
+            marks=() if name.startswith("data2") else pytest.mark.full,
+        )
         for model in MODELS
         for name, mesh, steps in [
             ("data2_fsdp2_tensor2", MeshConfig(data=2, fsdp=2, tensor=2), 20),
