@@ -249,8 +249,12 @@ FULL = pytest.mark.full
 
 @pytest.mark.parametrize(
     "option",
-    [pytest.param("base", marks=FULL), pytest.param("post_norms", marks=FULL)]
-    + ["qk_norm_all", "everything"],
+    [
+        pytest.param("base", marks=FULL),
+        pytest.param("post_norms", marks=FULL),
+        "qk_norm_all",
+        "everything",
+    ],
 )
 def test_sharded_loss_and_gradients_equal_those_of_one_device(option):
     config = config_of(option)
