@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jaxgen import __version__, fields
-from jaxgen.commands import COMMANDS, FILE, OPTIONS, Command, load
+from jaxgen.commands import COMMANDS, Command, load
 from jaxgen.errors import UserError
+from jaxgen.options import FILE, OPTIONS
 
 # The user's machine, not our bug: no permission, no space, a read-only or vanished place.
 ENVIRONMENT_ERRORS = frozenset(

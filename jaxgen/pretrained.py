@@ -6,8 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -22,28 +21,12 @@ from jaxgen.config import CHECKPOINTS, TOKENIZER, ServeConfig, TrainConfig
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
-from jaxgen.formats import folder, safetensors
-from jaxgen.formats.families import Family, family_for, family_of
+from jaxgen.formats import folder
+from jaxgen.formats.families import family_for
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.schedule import Pipeline
 from jaxgen.sharding import MeshConfig, Rules, abstract
-
-# What a Hugging Face folder may hold beside its weights and its config.
-_SMALL_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    folder.GENERATION,
-)
-# Of a file, from its end: other weights of the same shapes differ there, too.
-_TAIL_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +134,11 @@ def open_model(location: str | os.PathLike) -> Pretrained:
     """
     text = os.fspath(location).rstrip("/")
     address.prepare(text)
-    given = _read_json(f"{text}/{run_config.FILE_NAME}")
+    given = read_json(f"{text}/{run_config.FILE_NAME}")
     if given and ("architectures" in given or "model_type" in given):
-        return _Folder(text, given)
+        from jaxgen.published import Published
+
+        return Published(text, given)
     run = _Run(text)
     if run.run.lora is None:
         return run
@@ -264,7 +249,7 @@ class _Run(Pretrained):
 
     @property
     def fingerprint(self) -> str:
-        return _hash(repr(self.record).encode())
+        return short_hash(repr(self.record).encode())
 
     @property
     def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
@@ -289,77 +274,12 @@ class _Run(Pretrained):
         )
 
 
-class _Folder(Pretrained):
-    """A Hugging Face folder."""
-
-    def __init__(self, location: str, given: dict[str, Any]):
-        self.location = self.tokenizer_location = location
-        self.given = given
-        self.family: Family = family_of(given)
-        self.config = self.family.read(given)
-
-    @functools.cached_property
-    def stored(self) -> dict[str, safetensors.Stored]:
-        """The tensors of its files, whose headers are read here."""
-        return safetensors.open_folder(self.location)
-
-    @property
-    def exact_location(self) -> str:
-        return self.location if "://" in self.location else os.path.abspath(self.location)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of the config, and of each file's header, size and last bytes."""
-        parts = [json.dumps(self.given, sort_keys=True), repr(self.stored)]
-        for url in sorted({tensor.url for tensor in self.stored.values()}):
-            size = sources.size(url)
-            parts.append(f"{size} {sources.read_range(url, max(0, size - _TAIL_BYTES), size)!r}")
-        return _hash("\n".join(parts).encode())
-
-    @functools.cached_property
-    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """The dtype of most bytes; float32 for float64."""
-        nbytes: Counter[str] = Counter()
-        for tensor in self.stored.values():
-            nbytes[tensor.dtype.name] += tensor.nbytes
-        name = nbytes.most_common(1)[0][0] if nbytes else "float32"
-        return name if name in ("bfloat16", "float16") else "float32"
-
-    @functools.cached_property
-    def generation(self) -> GenerationDefaults:
-        said = _read_json(f"{self.location}/{folder.GENERATION}") or {}
-        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
-        if not said:
-            return GenerationDefaults(stops)
-        temperature = 0.0
-        if said.get("do_sample"):
-            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
-        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
-
-    def read(self, abstract_model: Decoder) -> Decoder:
-        return folder.read_weights(self.location, self.stored, self.family, abstract_model)
-
-    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
-        folder.write_weights(location, self.family, model, dtype or self.stored_dtype)
-        if jax.process_index() != 0:
-            return
-        for name in _SMALL_FILES:
-            if sources.exists(f"{self.location}/{name}"):
-                content = sources.read_bytes(f"{self.location}/{name}")
-                sources.write_bytes(f"{location}/{name}", content)
-        content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
-        key = "dtype" if "dtype" in self.given else "torch_dtype"
-        if dtype and self.given.get(key) != dtype:
-            given = {**self.given, key: dtype}
-            content = (json.dumps(given, indent=2) + "\n").encode()
-        sources.write_bytes(f"{location}/{folder.CONFIG}", content)
-
-
-def _hash(content: bytes) -> str:
+def short_hash(content: bytes) -> str:
+    """Returns what tells this content from other."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _read_json(url: str) -> dict[str, Any] | None:
+def read_json(url: str) -> dict[str, Any] | None:
     """Returns a JSON file's object, or None if there is no such file."""
     if not sources.exists(url):
         return None
@@ -367,9 +287,3 @@ def _read_json(url: str) -> dict[str, Any] | None:
         return dict(json.loads(sources.read_bytes(url)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{url} is not a JSON object ({error}); correct it") from None
-
-
-def _ids(given: dict[str, Any]) -> Iterable[int]:
-    """The end-of-text ids that a config names: none, one or several."""
-    ids = given.get("eos_token_id")
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids

@@ -1,0 +1,108 @@
+"""The model in a Hugging Face folder."""
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+
+from jaxgen.data import sources
+from jaxgen.formats import folder, safetensors
+from jaxgen.formats.families import Family, family_of
+from jaxgen.models.decoder import Decoder
+from jaxgen.pretrained import GenerationDefaults, Pretrained, read_json, short_hash
+
+# What a Hugging Face folder may hold beside its weights and its config.
+_SMALL_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    folder.GENERATION,
+)
+# Of a file, from its end: other weights of the same shapes differ there, too.
+_TAIL_BYTES = 1 << 16
+
+
+class Published(Pretrained):
+    """Tensors are read from the files by their bytes; nothing is converted first."""
+
+    def __init__(self, location: str, given: dict[str, Any]):
+        self.location = self.tokenizer_location = location
+        self.given = given
+        self.family: Family = family_of(given)
+        self.config = self.family.read(given)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, safetensors.Stored]:
+        """The tensors of its files, whose headers are read here."""
+        return safetensors.open_folder(self.location)
+
+    @property
+    def exact_location(self) -> str:
+        """The folder, from anywhere on this machine."""
+        return self.location if "://" in self.location else os.path.abspath(self.location)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the config, and of each file's header, size and last bytes."""
+        parts = [json.dumps(self.given, sort_keys=True), repr(self.stored)]
+        for url in sorted({tensor.url for tensor in self.stored.values()}):
+            size = sources.size(url)
+            parts.append(f"{size} {sources.read_range(url, max(0, size - _TAIL_BYTES), size)!r}")
+        return short_hash("\n".join(parts).encode())
+
+    @functools.cached_property
+    def stored_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The dtype of most bytes; float32 for float64."""
+        nbytes: Counter[str] = Counter()
+        for tensor in self.stored.values():
+            nbytes[tensor.dtype.name] += tensor.nbytes
+        name = nbytes.most_common(1)[0][0] if nbytes else "float32"
+        return name if name in ("bfloat16", "float16") else "float32"
+
+    @functools.cached_property
+    def generation(self) -> GenerationDefaults:
+        """What generation_config.json says, and all ends of text that any file names."""
+        said = read_json(f"{self.location}/{folder.GENERATION}") or {}
+        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
+        if not said:
+            return GenerationDefaults(stops)
+        temperature = 0.0
+        if said.get("do_sample"):
+            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
+        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
+
+    def read(self, abstract_model: Decoder) -> Decoder:
+        """Returns the weights; see `Pretrained`."""
+        return folder.read_weights(self.location, self.stored, self.family, abstract_model)
+
+    def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
+        """Writes the same tensors, and copies the other files; see `Pretrained`."""
+        folder.write_weights(location, self.family, model, dtype or self.stored_dtype)
+        if jax.process_index() != 0:
+            return
+        for name in _SMALL_FILES:
+            if sources.exists(f"{self.location}/{name}"):
+                content = sources.read_bytes(f"{self.location}/{name}")
+                sources.write_bytes(f"{location}/{name}", content)
+        content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
+        key = "dtype" if "dtype" in self.given else "torch_dtype"
+        if dtype and self.given.get(key) != dtype:
+            given = {**self.given, key: dtype}
+            content = (json.dumps(given, indent=2) + "\n").encode()
+        sources.write_bytes(f"{location}/{folder.CONFIG}", content)
+
+
+def _ids(given: dict[str, Any]) -> Iterable[int]:
+    """The end-of-text ids that a config names: none, one or several."""
+    ids = given.get("eos_token_id")
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
