@@ -116,6 +116,7 @@ def test_attention_says_who_is_wrong_and_who_refuses(monkeypatch):
     assert "does not run on cpu" in rows[2][-1]
 
 
+@pytest.mark.full
 def test_experts_that_lose_tokens_are_wrong(monkeypatch):
     """Without the first expert of every device."""
     grouped = MoE._grouped

@@ -19,7 +19,6 @@ LIMITS = {
 }
 # What `make test` has time for; the others are marked full.
 QUICK = [
-    MeshConfig(data=2, fsdp=2, tensor=2),
     MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
     MeshConfig(fsdp=2, context=2, tensor=2),
     MeshConfig(fsdp=1, pipeline=2, expert=4),

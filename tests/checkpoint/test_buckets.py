@@ -146,6 +146,7 @@ PROCESSES = """
     """
 
 
+@pytest.mark.full
 def test_two_processes_in_a_bucket(bucket, monkeypatch):
     for name, value in bucket.environ.items():
         monkeypatch.setenv(name, value)

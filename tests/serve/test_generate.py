@@ -80,7 +80,9 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
         assert sharded(RAGGED, samplings) == expected
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "whole", [True, pytest.param(False, marks=pytest.mark.full)], ids=["whole", "split"]
+)
 def test_experts_give_the_tokens_of_one_device(whole, monkeypatch):
     """One token a row travels to its experts too, by either way."""
     monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)

@@ -11,7 +11,7 @@ from small_model import ONE, make, mesh_of
 from jaxgen.serve.generate import Generator
 from jaxgen.serve.request import SamplingConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 PROMPTS = [[n, 3 * n % 96] * (1 + 5 * n) for n in range(1, 6)]
 SCRIPT = """

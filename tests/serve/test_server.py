@@ -94,7 +94,9 @@ def test_sigterm_under_load_finishes_every_accepted_request():
                 threads.submit(client.post, "/v1/completions", json=body | {"stream": i % 2 == 0})
                 for i in range(24)
             ]
-            while client.get("/metrics").text.count('requests_running{model_name="echo"} 8.0') < 1:
+            # All must have been accepted: eight run, and the others wait.
+            states = ('running{model_name="echo"} 8.0', 'waiting{model_name="echo"} 16.0')
+            while not all(state in client.get("/metrics").text for state in states):
                 time.sleep(0.05)
             server.process.send_signal(signal.SIGTERM)
             while ready(server.url) == 200:

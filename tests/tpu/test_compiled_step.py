@@ -17,7 +17,7 @@ from jaxgen.plan.hlo import Program
 from jaxgen.sharding import make_mesh
 from jaxgen.train.program import abstract_batch, abstract_state, compile_step
 
-pytestmark = [pytest.mark.tpu_compile, pytest.mark.slow]
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.full]
 
 CONFIG = Path(jaxgen.__file__).parents[1] / "configs" / "llama3_8b.py"
 GIB = 2**30

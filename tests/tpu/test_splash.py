@@ -9,10 +9,10 @@ pytestmark = pytest.mark.tpu_compile
 
 CASES = [
     ("v5e:2x2", "TPU v5 lite", 128, 4096, None),
-    ("v5p:2x2x1", "TPU v5", 128, 4096, None),
-    ("v6e:2x2", "TPU v6 lite", 128, 4096, None),
+    pytest.param("v5p:2x2x1", "TPU v5", 128, 4096, None, marks=pytest.mark.full),
+    pytest.param("v6e:2x2", "TPU v6 lite", 128, 4096, None, marks=pytest.mark.full),
     ("v5e:2x2", "TPU v5 lite", 64, 300, 100),
-    ("v5e:2x2", "TPU v5 lite", 256, 8192, 1024),
+    pytest.param("v5e:2x2", "TPU v5 lite", 256, 8192, 1024, marks=pytest.mark.full),
 ]
 
 

@@ -56,7 +56,7 @@ MESHES = {
 
 
 # What `make test` has time for.
-QUICK = ("data2_fsdp2_tensor2", "pipeline2_tensor2_data2")
+QUICK = ("data2_fsdp2_tensor2",)
 
 
 @pytest.mark.parametrize(

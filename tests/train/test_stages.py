@@ -155,6 +155,7 @@ def test_evaluation_and_logits_equal_those_of_one_device():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_kernels_stay_on_their_stage_and_give_the_same():
     """Splash, interpreted; a kernel is opaque to the partitioner, which would gather stages."""
     model = dataclasses.replace(LLAMA, num_layers=2, num_heads=2, num_kv_heads=2)
@@ -245,7 +246,7 @@ def test_a_run_goes_on_from_stages_to_fsdp_and_back(tmp_path):
     assert (tmp_path / "run" / CHECKPOINTS / "00000006").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_activations_fall_with_the_stages_as_they_should():
     """What one more layer adds to the temporary memory of a device, of a batch [B, T, D] in fp32.
 
@@ -279,7 +280,7 @@ def test_activations_fall_with_the_stages_as_they_should():
         assert a_layer == pytest.approx(expected, rel=0.05), stages
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("repeats", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_no_weight_and_no_gradient_of_one_travels_between_stages(repeats):
     """Only activations, a number a token of the loss or a width of the norm, and scalars do."""
     model = dataclasses.replace(
