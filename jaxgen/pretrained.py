@@ -114,7 +114,11 @@ class Pretrained(abc.ABC):
         raise UserError(f"{self.location} has no adapters; leave --adapter out")
 
     def tokenizer(self) -> Tokenizer:
-        """Returns its tokenizer."""
+        """Returns its tokenizer, which is read once."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_location)
 
     def serve_config(self, mesh: MeshConfig | None = None) -> ServeConfig:
@@ -205,8 +209,7 @@ def check_empty(location: str) -> None:
         UserError: something is there.
     """
     address.prepare(location)
-    if not sources.is_empty(location):
-        raise UserError(f"{location} is not empty; give a new folder, or empty this one")
+    sources.check_empty(location)
 
 
 def split_location(location: str | os.PathLike) -> tuple[epath.Path, int | None]:

@@ -94,11 +94,11 @@ class Published(Pretrained):
             if sources.exists(f"{self.location}/{name}"):
                 content = sources.read_bytes(f"{self.location}/{name}")
                 sources.write_bytes(f"{location}/{name}", content)
-        content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
         key = "dtype" if "dtype" in self.given else "torch_dtype"
         if dtype and self.given.get(key) != dtype:
-            given = {**self.given, key: dtype}
-            content = (json.dumps(given, indent=2) + "\n").encode()
+            sources.write_json(f"{location}/{folder.CONFIG}", {**self.given, key: dtype})
+            return
+        content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
         sources.write_bytes(f"{location}/{folder.CONFIG}", content)
 
 

@@ -107,22 +107,14 @@ class CheckpointManager:
             s3.teach_orbax()
         self._steps.check_writable()
 
-    def metadata(self, step: int | None = None, only: str | None = None) -> dict[str, Any]:
-        """Returns what was saved beside the state of `step`, or of the newest intact step.
-
-        With `only`, a step of which that part is intact will do, as in `restore`.
-
-        Raises:
-            UserError: there is no such step, or none that is intact.
-        """
-        return self._steps.choose(step, only).metadata
-
     def folder(self, step: int) -> epath.Path:
         """Where the checkpoint of a step is, or would be."""
         return self._steps.folder(step)
 
     def find(self, step: int | None = None, only: str | None = None) -> record.Record:
         """Returns the record of `step`, or of the newest intact step, as `restore` would take it.
+
+        With `only`, a step of which that part is intact will do, as in `restore`.
 
         Raises:
             UserError: there is no such step, or none that is intact.

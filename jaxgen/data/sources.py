@@ -5,6 +5,7 @@ files pack the same rows.
 """
 
 import dataclasses
+import json
 import os
 import re
 import sysconfig
@@ -117,13 +118,18 @@ def size(url: str) -> int:
         return fs.size(path)
 
 
-def is_empty(url: str) -> bool:
-    """Whether nothing is below a location, which need not be there."""
+def check_empty(url: str) -> None:
+    """Checks that a folder at any location, which need not be there, can be written anew.
+
+    Raises:
+        UserError: something is there.
+    """
     with _advice(url):
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(url)
-        return not fs.exists(path) or (fs.isdir(path) and not fs.ls(path, detail=False))
+        if fs.exists(path) and (not fs.isdir(path) or fs.ls(path, detail=False)):
+            raise UserError(f"{url} is not empty; give a new folder, or empty this one")
 
 
 def exists(url: str) -> bool:
@@ -147,6 +153,15 @@ def write_bytes(url: str, content: bytes) -> None:
         fs, path = fsspec.core.url_to_fs(url)
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         fs.pipe_file(path, content)
+
+
+def write_json(url: str, value: Any) -> None:
+    """Writes a value as a JSON file at any location, making its folder.
+
+    Raises:
+        UserError: the location cannot be written.
+    """
+    write_bytes(url, (json.dumps(value, indent=2) + "\n").encode())
 
 
 @contextmanager

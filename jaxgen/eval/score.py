@@ -23,6 +23,7 @@ from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.cross_entropy import token_scores
 from jaxgen.nn.pipeline import cut, join
 from jaxgen.progress import progress
+from jaxgen.serve.request import check_tokens
 from jaxgen.serve.weights import Dtype
 from jaxgen.sharding import zigzag
 
@@ -138,13 +139,7 @@ class Scorer:
         for name, tokens in request._asdict().items():
             if not len(tokens):
                 raise UserError(f"request {number} has no tokens in its {name}; give at least one")
-            if min(tokens) < 0 or max(tokens) >= self.model.config.vocab_size:
-                wrong = next(t for t in tokens if not 0 <= t < self.model.config.vocab_size)
-                raise UserError(
-                    f"request {number} has token {wrong} and model.vocab_size="
-                    f"{self.model.config.vocab_size}; use the tokenizer that the model was trained "
-                    "with"
-                )
+            check_tokens(f"request {number}", tokens, self.model.config.vocab_size)
         if len(request.continuation) > self.max_seq_len:
             raise UserError(
                 f"request {number} has a continuation of {len(request.continuation)} tokens, more "

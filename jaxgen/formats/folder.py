@@ -7,7 +7,6 @@ on its way to all shards that hold some of it.
 import concurrent.futures
 import contextlib
 import functools
-import json
 import math
 import mmap
 from collections import defaultdict
@@ -241,14 +240,10 @@ def write_folder(
         return
     tokenizer.save(folder)
     if generation is not None:
-        _write_json(f"{folder}/{GENERATION}", generation)
+        sources.write_json(f"{folder}/{GENERATION}", generation)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     said = {key: value for key, value in given.items() if value is not None or key not in ends}
-    _write_json(f"{folder}/{CONFIG}", {**ends, **said, "torch_dtype": dtype})
-
-
-def _write_json(url: str, content: Mapping[str, Any]) -> None:
-    sources.write_bytes(url, (json.dumps(content, indent=2) + "\n").encode())
+    sources.write_json(f"{folder}/{CONFIG}", {**ends, **said, "torch_dtype": dtype})
 
 
 def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:

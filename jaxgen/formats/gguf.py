@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen.data import sources
 from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.gguf_config import LEFT_OUT, TOP, Architecture, Dtype, architecture_of, configs
@@ -42,8 +43,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, dtype: Dtype = "flo
             no place; nothing is written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; give a new folder, or empty this one")
+    sources.check_empty(str(out))
     file = GGUFFile(os.fspath(path))
     try:
         architecture = architecture_of(file)

@@ -3,8 +3,6 @@
 Source: github.com/huggingface/peft, docs/source/developer_guides/checkpoint.md.
 """
 
-import json
-
 import jax
 import numpy as np
 
@@ -65,7 +63,7 @@ def write_adapter(
         "target_modules": sorted(weight.split(".")[-2] for weight in weights.values()),
         "inference_mode": True,
     }
-    sources.write_bytes(f"{folder}/{CONFIG}", (json.dumps(given, indent=2) + "\n").encode())
+    sources.write_json(f"{folder}/{CONFIG}", given)
 
 
 def _weight_of(family: Family, ours: str) -> str:

@@ -3,10 +3,12 @@
 S slots, K stop ids.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
@@ -37,6 +39,21 @@ class Slots(NamedTuple):
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
 
+    @classmethod
+    def nobodys(cls, line: Callable[..., Any]) -> "Slots":
+        """Returns lines that ask for nothing; `line(value, dtype, *shape)` makes each field."""
+        return cls(
+            tokens=line(0, np.int32),
+            positions=line(0, np.int32),
+            done=line(True, np.bool_),
+            limits=line(0, np.int32),
+            stop_ids=line(NO_STOP, np.int32, NUM_STOPS),
+            seeds=line(0, np.uint32),
+            temperature=line(0, np.float32),
+            top_k=line(0, np.int32),
+            top_p=line(1, np.float32),
+        )
+
 
 class DecodeState(NamedTuple):
     """All that programs change; each takes it over and returns it, in the same memory."""
@@ -63,18 +80,7 @@ def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> Decod
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
-    lines = Slots(
-        tokens=line(0, jnp.int32),
-        positions=line(0, jnp.int32),
-        done=line(True, jnp.bool_),
-        limits=line(0, jnp.int32),
-        stop_ids=line(NO_STOP, jnp.int32, NUM_STOPS),
-        seeds=line(0, jnp.uint32),
-        temperature=line(0, jnp.float32),
-        top_k=line(0, jnp.int32),
-        top_p=line(1, jnp.float32),
-    )
     heads = (config.num_heads, config.num_kv_heads)
     shape = (shards * pages, page_size * config.head_dim)
     layers = [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
-    return DecodeState(lines, layers)
+    return DecodeState(Slots.nobodys(line), layers)

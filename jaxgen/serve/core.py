@@ -92,13 +92,13 @@ class EngineCore:
         return came
 
     def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
-        """Serves requests to their ends, and tells how many have ended."""
+        """Serves requests, and no others, to their ends, and tells how many have ended."""
         try:
             for request in requests:
                 self.submit(request, bounded=False)
             while not self.scheduler.idle:
                 self.step()
-                show(sum(request.finish_reason is not None for request in requests))
+                show(len(requests) - self.scheduler.num_waiting - len(self.scheduler.rows))
         finally:
             for request in requests:
                 self.cancel(request)

@@ -99,16 +99,25 @@ def check_prompt(
     """
     if not len(prompt):
         raise UserError(f"{name} has no tokens; give it at least one to go on from")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise UserError(
-            f"{name} has token {wrong} and model.vocab_size={vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
+    check_tokens(name, prompt, vocab_size)
     room = max_seq_len - len(prompt)
     if max_tokens > room:
         way = f"use max_tokens={room}" if room > 0 else "shorten the prompt"
         raise UserError(
             f"{name} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than "
             f"model.max_seq_len={max_seq_len}; {way}"
+        )
+
+
+def check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+    """Checks that a model has some tokens, of which there is at least one.
+
+    Raises:
+        UserError: one of them, in what is called `name`, is not of the vocabulary.
+    """
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise UserError(
+            f"{name} has token {wrong} and model.vocab_size={vocab_size}; "
+            "use the tokenizer that the model was trained with"
         )

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.serve.cache import NO_STOP, NUM_STOPS, DecodeState, Slots, empty_state
+from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import Chunks, decode, read
 from jaxgen.serve.scheduler import Chunk, Plan, Row
@@ -163,28 +163,17 @@ class Runner:
         """Arguments of `read` in which every row only fills the batch."""
         rows, nobody = self.shards, self.shards * self.slots_per_shard
 
-        def line(dtype: Any, *shape: int, fill: int = 0) -> Any:
-            return np.full((rows, *shape), fill, dtype)
+        def line(value: Any, dtype: Any, *shape: int) -> Any:
+            return np.full((rows, *shape), value, dtype)
 
-        asked = Slots(
-            tokens=line(np.int32),
-            positions=line(np.int32),
-            done=line(np.bool_),
-            limits=line(np.int32),
-            stop_ids=line(np.int32, NUM_STOPS, fill=NO_STOP),
-            seeds=line(np.uint32),
-            temperature=line(np.float32),
-            top_k=line(np.int32),
-            top_p=line(np.float32, fill=1),
-        )
         return Chunks(
-            tokens=line(np.int32, size),
-            table=line(np.int32, self.table_width),
-            starts=line(np.int32),
-            sizes=line(np.int32),
-            last=line(np.bool_),
-            slots=line(np.int32, fill=nobody),
-            asked=asked,
+            tokens=line(0, np.int32, size),
+            table=line(0, np.int32, self.table_width),
+            starts=line(0, np.int32),
+            sizes=line(0, np.int32),
+            last=line(False, np.bool_),
+            slots=line(nobody, np.int32),
+            asked=Slots.nobodys(line),
         )
 
     def _no_rows(self, batch: int) -> tuple[np.ndarray, np.ndarray]:

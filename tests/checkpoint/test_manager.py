@@ -64,7 +64,7 @@ def test_restores_bit_for_bit_on_any_mesh(tmp_path, mesh, sizes):
             assert leaf.sharding == like.sharding, name
         assert state.model.layers.up.axes == ("layers", "embed", "mlp")
         assert equal(manager.restore(abstract(other), step=10).state, states[10])
-        assert manager.metadata(20) == {"data": 140}
+        assert manager.find(20).metadata == {"data": 140}
 
 
 def test_restores_on_one_device(tmp_path, mesh):
@@ -94,7 +94,7 @@ def test_the_model_alone_reads_nothing_else(tmp_path, mesh):
     with CheckpointManager(tmp_path) as manager:
         model = manager.restore(abstract(mesh).model, only="model").state
         assert equal(model, states[1].model)
-        assert manager.metadata(only="model") == {"data": 7}
+        assert manager.find(only="model").metadata == {"data": 7}
         with pytest.raises(UserError, match=r"can be used: 1 \(opt_state/.* missing\)"):
             manager.restore(abstract(mesh))
 
@@ -388,7 +388,7 @@ def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path, mesh, sma
     if call != "close":
         assert manager.save(2, state, {"data": 3})
         manager.close()
-        assert CheckpointManager(tmp_path).metadata() == {"data": 3}
+        assert CheckpointManager(tmp_path).find().metadata == {"data": 3}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     assert equal(CheckpointManager(tmp_path).restore(shapes).state, state)
 
