@@ -5,7 +5,6 @@ on its way to all shards that hold some of it.
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import math
 import mmap
@@ -167,30 +166,18 @@ def write_weights(folder: str, family: Family, model: Decoder, dtype: str) -> No
         UserError: the family has no place for a parameter, or the folder cannot be written.
     """
     places, kind = places_of(family, model), np.dtype(jax.numpy.dtype(dtype))
-    files = safetensors.split(
-        {name: Spec(kind, shape) for name, shape in sorted(shapes_of(places).items())},
-        safetensors.MAX_FILE_BYTES,
-    )
+    specs = {name: Spec(kind, shape) for name, shape in sorted(shapes_of(places).items())}
     made_of: dict[str, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
     for place in sorted(places, key=lambda place: place.rows_before):
         for index in np.ndindex(place.stack):
             made_of[place.name(index)].append((place, index))
-    writes = jax.process_index() == 0
-    total, done = sum(spec.nbytes for specs in files.values() for spec in specs.values()), 0
-    with progress(f"writing {folder}", total) as show:
-        for name, specs in files.items():
-            url = f"{folder}/{name}"
-            with sources.writing(url) if writes else contextlib.nullcontext() as file:
-                if file:
-                    file.write(safetensors.make_header(specs))
-                for tensor in specs:
-                    for place, index in made_of[tensor]:
-                        # No name is given, so that it is gone before the next one is gathered.
-                        _write_rows(file, tensor, place, _gather(place.leaf, index), kind)
-                    done += specs[tensor].nbytes
-                    show(done)
-    if writes and len(files) > 1:
-        sources.write_bytes(f"{folder}/{safetensors.INDEX}", safetensors.make_index(files))
+
+    def write(file: Any, tensor: str) -> None:
+        for place, index in made_of[tensor]:
+            # No name is given, so that it is gone before the next one is gathered.
+            _write_rows(file, tensor, place, _gather(place.leaf, index), kind)
+
+    safetensors.write_files(folder, specs, write, writes=jax.process_index() == 0)
 
 
 def _write_rows(file: Any, name: str, place: Place, values: np.ndarray, dtype: np.dtype) -> None:

@@ -8,9 +8,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,6 @@ from jaxgen.formats.gguf_config import LEFT_OUT, TOP, Architecture, Dtype, archi
 from jaxgen.formats.gguf_file import GGUFFile
 from jaxgen.formats.gguf_tokenizer import tokenizer_files
 from jaxgen.formats.safetensors import Spec
-from jaxgen.progress import progress
 
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
@@ -55,10 +53,17 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, dtype: Dtype = "flo
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    kind = np.dtype(jnp.dtype(dtype))
     try:
         for name, text in files.items():
             (partial / name).write_text(text)
-        _write_weights(partial, file, architecture, parts, np.dtype(jnp.dtype(dtype)))
+
+        def write(opened: Any, tensor: str) -> None:
+            weights = _weights(file, architecture, parts[tensor])
+            opened.write(weights.astype(kind).tobytes())
+
+        specs = {name: Spec(kind, part.shape) for name, part in parts.items()}
+        safetensors.write_files(str(partial), specs, write)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,29 +101,6 @@ def _parts(file: GGUFFile, architecture: Architecture) -> dict[str, _Part]:
         else:
             parts[f"{theirs}.{kind}"] = _Part(name, None, shape)
     return parts
-
-
-def _write_weights(
-    folder: Path,
-    file: GGUFFile,
-    architecture: Architecture,
-    parts: Mapping[str, _Part],
-    dtype: np.dtype,
-) -> None:
-    specs = {name: Spec(dtype, part.shape) for name, part in parts.items()}
-    files = safetensors.split(specs, safetensors.MAX_FILE_BYTES)
-    total, done = sum(spec.nbytes for spec in specs.values()), 0
-    with progress(f"writing {folder.with_suffix('')}", total) as show:
-        for name, tensors in files.items():
-            with open(folder / name, "wb") as opened:
-                opened.write(safetensors.make_header(tensors))
-                for tensor, spec in tensors.items():
-                    weights = _weights(file, architecture, parts[tensor])
-                    opened.write(weights.astype(dtype).tobytes())
-                    done += spec.nbytes
-                    show(done)
-    if len(files) > 1:
-        (folder / safetensors.INDEX).write_bytes(safetensors.make_index(files))
 
 
 def _weights(file: GGUFFile, architecture: Architecture, part: _Part) -> np.ndarray:

@@ -8,6 +8,7 @@ Source: github.com/huggingface/safetensors, README.md and safetensors/src/tensor
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ import numpy as np
 
 from jaxgen.data import sources
 from jaxgen.errors import UserError
+from jaxgen.progress import progress
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -166,6 +168,40 @@ def _stored(url: str, name: str, entry: Mapping[str, Any], begin: int) -> Stored
     if stop - start != tensor.nbytes:
         raise UserError(f"tensor {name}, {code}{list(shape)}, has {stop - start} bytes; {_AGAIN}")
     return tensor
+
+
+def write_files(
+    folder: str,
+    specs: Mapping[str, Spec],
+    write: Callable[[Any, str], None],
+    *,
+    writes: bool = True,
+) -> None:
+    """Writes tensors into as many files as it takes, and an index if those are several.
+
+    Args:
+        folder: at any location.
+        specs: of the tensors, by their names.
+        write: gives a file a tensor's elements; called for each tensor, one after the other.
+        writes: whether this process has the files; for others `write` gets None.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    files = split(specs, MAX_FILE_BYTES)
+    done = 0
+    with progress(f"writing {folder}", _nbytes(specs)) as show:
+        for name, tensors in files.items():
+            opened = sources.writing(f"{folder}/{name}") if writes else contextlib.nullcontext()
+            with opened as file:
+                if file:
+                    file.write(make_header(tensors))
+                for tensor, spec in tensors.items():
+                    write(file, tensor)
+                    done += spec.nbytes
+                    show(done)
+    if writes and len(files) > 1:
+        sources.write_bytes(f"{folder}/{INDEX}", make_index(files))
 
 
 def in_order(tensors: Mapping[str, Spec]) -> dict[str, Spec]:

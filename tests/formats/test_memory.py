@@ -97,16 +97,13 @@ def write_large(folder, given):
     Tokenizer.from_bytes().save(str(folder))
     specs = {name: Spec(HALF, shape) for name, shape in shapes_of(given).items()}
     block = np.random.default_rng(0).normal(0, 0.02, 4 << 20).astype(HALF).tobytes()
-    files = safetensors.split(specs, safetensors.MAX_FILE_BYTES)
-    for name, tensors in files.items():
-        with (folder / name).open("wb") as file:
-            file.write(safetensors.make_header(tensors))
-            for tensor in tensors.values():
-                for start in range(0, tensor.nbytes, len(block)):
-                    file.write(block[: tensor.nbytes - start])
-    if len(files) > 1:
-        (folder / safetensors.INDEX).write_bytes(safetensors.make_index(files))
-    return files
+
+    def write(file, tensor):
+        for start in range(0, specs[tensor].nbytes, len(block)):
+            file.write(block[: specs[tensor].nbytes - start])
+
+    safetensors.write_files(str(folder), specs, write)
+    return safetensors.split(specs, safetensors.MAX_FILE_BYTES)
 
 
 def measure(*folders):
