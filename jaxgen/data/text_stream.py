@@ -1,21 +1,28 @@
 """Text from tokens as they come."""
 
+from collections.abc import Collection
+
 from jaxgen.data.tokenizer import Tokenizer
 
 
 class TextStream:
     """Turns tokens into text as they come, holding back a character until all its bytes are there.
 
-    What `push` and `flush` return, put together, is what `decode` returns for all the ids.
+    What `push` and `flush` return, put together, is what `decode` returns for all the ids; after a
+    special token that is shown, another text begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()):
+        """Starts before the text, in which special tokens appear only if they are `shown`."""
         self._tokenizer = tokenizer
+        self._names = {token: tokenizer.decode([token], special=True) for token in shown}
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes, often empty or several characters."""
+        if token in self._names:
+            return self.flush() + self._names[token]
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         new = text[self._shown :]

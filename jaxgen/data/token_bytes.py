@@ -24,15 +24,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     kinds = {step["type"] for step in steps}
     if not kinds & _ALONE or kinds - _ALONE - _BESIDE:
         raise UserError(
-            f"the tokenizer's decoder is {', '.join(sorted(kinds))}, for which grammars are not "
-            "supported; use a model with a byte-level or SentencePiece tokenizer"
+            f"the tokenizer's decoder is {', '.join(sorted(kinds))}, for which neither grammars "
+            "nor logprobs are supported; use a model with a byte-level or SentencePiece tokenizer"
         )
     spelled = [b""] * tokenizer.vocab_size
     for n, name in enumerate(tokenizer.names()):
         if name is not None and n not in tokenizer.special_ids:
-            spelling = _spelling(name, steps)
-            # No text in UTF-8 has this byte, and llguidance marks special tokens with it.
-            spelled[n] = b"" if b"\xff" in spelling else spelling
+            spelled[n] = _spelling(name, steps)
     return spelled
 
 

@@ -1,22 +1,23 @@
-"""One answer as a choice of OpenAI's objects: its text, its calls of tools, its log-probabilities."""
+"""One answer as a choice of OpenAI's objects: text, calls of tools and log-probabilities."""
 
-import secrets
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxgen.data.spelling import Spelling
+from jaxgen.serve import tool_calls
 from jaxgen.serve.answer import Piece
 from jaxgen.serve.logprobs import Placed, PlacedTokens
 from jaxgen.serve.request import FinishReason
-from jaxgen.serve.tools import CallArguments, CallStart, TextPart, ToolParser
+from jaxgen.serve.tool_calls import CallArguments, CallStart, TextPart, ToolParser
 
 
 class Part(NamedTuple):
     """What has newly come of a choice."""
 
     text: str = ""
-    calls: list[dict[str, Any]] = []
+    calls: Sequence[dict[str, Any]] = ()
     """As in a delta: with an index, and a name only where a call begins."""
-    logprobs: list[Placed] = []
+    logprobs: Sequence[Placed] = ()
     reason: str | None = None
     """Why it ends, if it does."""
 
@@ -24,15 +25,19 @@ class Part(NamedTuple):
 class Choice:
     """Turns the pieces of one answer into the parts of one choice."""
 
-    def __init__(self, spelling: Spelling, parser: ToolParser | None):
+    def __init__(
+        self, *, spelling: Spelling | None, parser: ToolParser | None, one_call: bool = False
+    ):
         """Starts before the answer.
 
         Args:
-            spelling: of the model.
+            spelling: of the tokens, if their log-probabilities are to be told.
             parser: finds calls of tools in the text; None: there are none.
+            one_call: whether calls after the first are left out.
         """
-        self._tokens = PlacedTokens(spelling)
-        self._parser, self._calls, self._size = parser, 0, 0
+        self._tokens = None if spelling is None else PlacedTokens(spelling)
+        self._parser, self._one_call = parser, one_call
+        self._size, self._called = 0, False
         self.count = 0
         """Tokens so far."""
 
@@ -40,32 +45,43 @@ class Choice:
         """Takes the next piece."""
         self.count += len(piece.tokens)
         self._size += len(piece.text)
-        if piece.logprobs:
+        if self._tokens:
             self._tokens.push(piece.tokens, piece.logprobs)
         events = self._parser.push(piece.text) if self._parser else [TextPart(piece.text)]
-        return self._part(events, self._tokens.shown(self._size))
+        return self._part(events, self._size)
 
     def end(self, reason: FinishReason) -> Part:
         """Takes the end."""
         events = self._parser.finish() if self._parser else []
-        # The tokens of a stop text are no part of the answer, where a limit cuts off none.
-        rest = self._tokens.shown(self._size if reason == "stop" else None)
-        part = self._part(events, rest)
-        called = self._calls and reason == "stop"
-        return part._replace(reason="tool_calls" if called else reason)
+        # The tokens of a stop text are no part of the answer; a limit cuts off nothing.
+        part = self._part(events, self._size if reason == "stop" else None)
+        return part._replace(reason="tool_calls" if self._called and reason == "stop" else reason)
 
-    def _part(self, events: list[TextPart | CallStart | CallArguments], tokens: list[Placed]) -> Part:
+    def _part(self, events: Sequence[tool_calls.Part], size: int | None) -> Part:
         text, calls = "", []
         for event in events:
-            match event:
-                case TextPart():
-                    text += event.text
-                case CallStart():
-                    self._calls += 1
-                    function = {"name": event.name, "arguments": ""}
-                    identity = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
-                    calls.append({"index": self._calls - 1, **identity, "function": function})
-                case CallArguments():
-                    function = {"arguments": event.text}
-                    calls.append({"index": self._calls - 1, "function": function})
-        return Part(text, calls, tokens)
+            if isinstance(event, TextPart):
+                text += event.text
+            elif not (self._one_call and event.index):
+                self._called = True
+                calls.append(_delta(event))
+        return Part(text, calls, self._tokens.shown(size) if self._tokens else ())
+
+
+def whole_calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Returns the calls that are spread over the parts of a choice."""
+    calls: list[dict[str, Any]] = []
+    for delta in (call for part in parts for call in part.calls):
+        function = delta["function"]
+        if "id" in delta:
+            calls.append({"id": delta["id"], "type": delta["type"], "function": {**function}})
+        else:
+            calls[-1]["function"]["arguments"] += function["arguments"]
+    return calls
+
+
+def _delta(event: CallStart | CallArguments) -> dict[str, Any]:
+    if isinstance(event, CallArguments):
+        return {"index": event.index, "function": {"arguments": event.text}}
+    function = {"name": event.name, "arguments": ""}
+    return {"index": event.index, "id": event.id, "type": "function", "function": function}

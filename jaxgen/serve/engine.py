@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 
@@ -15,7 +15,7 @@ from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 
@@ -112,6 +112,8 @@ class Engine:
         stop: Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
+        shown_ids: Collection[int] = (),
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -123,6 +125,8 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
+            constraint: what the answer may be; this request alone may use it.
+            shown_ids: special tokens that the answer's text has by name; the others are left out.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -137,6 +141,8 @@ class Engine:
             stop,
             priority,
             ignore_eos=ignore_eos,
+            constraint=constraint,
+            shown_ids=shown_ids,
             deliver=deliver,
         )
 
@@ -236,18 +242,20 @@ class Engine:
         name="the prompt",
         bounded=True,
         ignore_eos=False,
+        constraint=None,
+        shown_ids=(),
         deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
         stops = set(stop_ids)
         if tokenizer is not None:
             stops |= set() if ignore_eos else {tokenizer.eos_id}
-            stream = TextStream(tokenizer)
+            stream = TextStream(tokenizer, shown_ids)
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
         core.check(name, prompt, sampling)
-        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
+        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority, constraint)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:

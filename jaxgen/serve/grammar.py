@@ -122,7 +122,8 @@ class Grammars:
             UserError: how the tokenizer makes text from tokens is not known.
         """
         assert stop_ids, "an answer that is complete has to end"
-        spelled = token_bytes(tokenizer)
+        # No text in UTF-8 has the byte 255, and llguidance marks special tokens with it.
+        spelled = [b"" if b"\xff" in text else text for text in token_bytes(tokenizer)]
         ordinary = [n for n, spelling in enumerate(spelled) if spelling]
         self._words = -(-vocab_size // 32)
         self._ordinary = self._bits(ordinary)

@@ -5,17 +5,18 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from jaxgen.serve.answer import Answer, Piece
 from jaxgen.serve.ask import Ask
-from jaxgen.serve.choice import Choice, Part
+from jaxgen.serve.choice import Choice, Part, whole_calls
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.logprobs import Placed, chat_logprobs, completion_logprobs
 from jaxgen.serve.prometheus import Metrics
 from jaxgen.serve.refusal import EngineFailed
 from jaxgen.serve.schema import Served
+
 
 class Job:
     """Submits the requests of a body and collects what comes of them.
@@ -51,9 +52,14 @@ class Job:
         self._came: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self._open = set(range(len(ask.prompts)))
-        self._spelling = served.spelling
+        self._spelling = served.spelling if ask.samplings[0].logprobs is not None else None
         self._choices = [
-            Choice(served.spelling, ask.tools and ask.tools.parser()) for _ in ask.prompts
+            Choice(
+                spelling=self._spelling,
+                parser=served.tool_format.parser(ask.tools) if ask.tools else None,
+                one_call=ask.one_call,
+            )
+            for _ in ask.prompts
         ]
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
@@ -77,6 +83,7 @@ class Job:
                     prompt,
                     ask.samplings[at],
                     constraint=ask.constraints[at],
+                    shown_ids=ask.shown_ids,
                     stop=ask.stop,
                     stop_ids=ask.stop_ids,
                     ignore_eos=ask.ignore_eos,
@@ -110,7 +117,7 @@ class Job:
             parts[at].append(part)
         choices = []
         for at, mine in enumerate(parts):
-            text, calls = "".join(part.text for part in mine), _whole_calls(mine)
+            text, calls = "".join(part.text for part in mine), whole_calls(mine)
             message = {"role": "assistant", "content": text, "refusal": None}
             if calls:
                 message |= {"content": text or None, "tool_calls": calls}
@@ -171,8 +178,8 @@ class Job:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._came.put_nowait, (at, piece))
 
-    def _logprobs(self, tokens: list[Placed]) -> dict[str, Any] | None:
-        if self.ask.samplings[0].logprobs is None:
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any] | None:
+        if self._spelling is None:
             return None
         return (chat_logprobs if self._chat else completion_logprobs)(self._spelling, tokens)
 
@@ -186,15 +193,3 @@ class Job:
             "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": sum(a.prefix_tokens or 0 for a in firsts)},
         }
-
-
-def _whole_calls(parts: list[Part]) -> list[dict[str, Any]]:
-    """Returns the calls that are spread over the parts of a choice."""
-    calls: list[dict[str, Any]] = []
-    for delta in (call for part in parts for call in part.calls):
-        if "id" in delta:
-            function = dict(delta["function"])
-            calls.append({"id": delta["id"], "type": delta["type"], "function": function})
-        else:
-            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
-    return calls

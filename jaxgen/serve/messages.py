@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxgen.serve.body import ANYTHING, Schema, array, optional, record
+from jaxgen.serve.body import ANYTHING, Refused, Schema, array, optional, record
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -67,3 +67,23 @@ def tools() -> Schema:
     }
     tool = {"type": {"enum": ["function"]}, "function": record(function, ["name"])}
     return optional(array(record(tool, ["type", "function"]), 0, MAX_TOOLS))
+
+
+def plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns messages as chat templates know them: contents that are texts, and no labels.
+
+    Raises:
+        Refused: one says nothing.
+    """
+    found = []
+    for at, message in enumerate(messages):
+        said = {name: value for name, value in message.items() if value not in (None, [])}
+        content = said.get("content", "")
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        if "content" not in said and "tool_calls" not in said:
+            raise Refused(f"messages[{at}].content is missing; send it", f"messages[{at}].content")
+        # The name that OpenAI's newer models have for it; templates know only the old one.
+        role = "system" if said["role"] == "developer" else said["role"]
+        found.append({**said, "role": role, "content": content})
+    return found

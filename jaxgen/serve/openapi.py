@@ -3,14 +3,19 @@
 from typing import Any
 
 from jaxgen import __version__
-from jaxgen.serve.body import Schema, array, record
+from jaxgen.serve.body import Schema, array, optional, record
 from jaxgen.serve.schema import BODIES, TEXT, Served
 
 _COUNT: Schema = {"type": "integer", "minimum": 0}
-_FINISH = {"enum": ["stop", "length"]}
+_NULL: Schema = {"type": "null"}
+_NUMBER: Schema = {"type": "number", "maximum": 0}
+_USED = ["prompt_tokens", "completion_tokens", "total_tokens"]
 _USAGE = record(
-    dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _COUNT),
-    ["prompt_tokens", "completion_tokens", "total_tokens"],
+    {
+        **dict.fromkeys(_USED, _COUNT),
+        "prompt_tokens_details": record({"cached_tokens": _COUNT}, ["cached_tokens"]),
+    },
+    _USED,
 )
 _MODEL = record(
     {
@@ -24,49 +29,65 @@ _MODEL = record(
 )
 
 
-def _answer(kind: str, content: dict[str, Schema]) -> Schema:
-    none = {"type": "null"}
-    choice = {"index": _COUNT, "finish_reason": _FINISH, "logprobs": none, **content}
+def _whole(properties: dict[str, Schema]) -> Schema:
+    return record(properties, list(properties))
+
+
+def _answer(kind: str, content: dict[str, Schema], logprobs: Schema, *more: str) -> Schema:
+    finish = {"enum": ["stop", "length", *more]}
+    choice = {"index": _COUNT, "finish_reason": finish, "logprobs": optional(logprobs), **content}
     body = {
         "id": TEXT,
         "object": {"enum": [kind]},
         "created": _COUNT,
         "model": TEXT,
-        "choices": array(record(choice, list(choice)), 1),
+        "choices": array(_whole(choice), 1),
         "usage": _USAGE,
     }
-    return record(body, list(body))
+    return _whole(body)
 
 
+_BYTES = optional(array({**_COUNT, "maximum": 255}))
+_TOKEN: dict[str, Schema] = {"token": TEXT, "logprob": _NUMBER, "bytes": _BYTES}
+_OF_A_CHAT = _whole(
+    {"content": array(_whole({**_TOKEN, "top_logprobs": array(_whole(_TOKEN))})), "refusal": _NULL}
+)
+_OF_A_TEXT = _whole(
+    {
+        "tokens": array(TEXT),
+        "token_logprobs": array(_NUMBER),
+        "top_logprobs": array({"type": "object", "additionalProperties": _NUMBER}),
+        "text_offset": array(_COUNT),
+    }
+)
+_CALL = _whole(
+    {
+        "id": TEXT,
+        "type": {"enum": ["function"]},
+        "function": _whole({"name": TEXT, "arguments": TEXT}),
+    }
+)
 _MESSAGE = record(
-    {"role": {"enum": ["assistant"]}, "content": TEXT, "refusal": {"type": "null"}},
+    {
+        "role": {"enum": ["assistant"]},
+        "content": optional(TEXT),
+        "refusal": _NULL,
+        "tool_calls": array(_CALL, 1),
+    },
     ["role", "content"],
 )
 _ANSWERS: dict[str, Schema] = {
-    "/v1/completions": _answer("text_completion", {"text": TEXT}),
-    "/v1/chat/completions": _answer("chat.completion", {"message": _MESSAGE}),
-    "/tokenize": record(
-        {"tokens": array(_COUNT), "count": _COUNT, "max_model_len": _COUNT},
-        ["tokens", "count", "max_model_len"],
+    "/v1/completions": _answer("text_completion", {"text": TEXT}, _OF_A_TEXT),
+    "/v1/chat/completions": _answer(
+        "chat.completion", {"message": _MESSAGE}, _OF_A_CHAT, "tool_calls"
     ),
-    "/detokenize": record({"prompt": TEXT}, ["prompt"]),
-    "/v1/models": record({"object": {"enum": ["list"]}, "data": array(_MODEL)}, ["object", "data"]),
+    "/tokenize": _whole({"tokens": array(_COUNT), "count": _COUNT, "max_model_len": _COUNT}),
+    "/detokenize": _whole({"prompt": TEXT}),
+    "/v1/models": _whole({"object": {"enum": ["list"]}, "data": array(_MODEL)}),
     "/v1/models/{model}": _MODEL,
 }
-_ERROR = record(
-    {
-        "error": record(
-            {
-                "message": TEXT,
-                "type": TEXT,
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            ["message", "type", "param", "code"],
-        )
-    },
-    ["error"],
-)
+_LABEL: Schema = {"type": ["string", "null"]}
+_ERROR = _whole({"error": _whole({"message": TEXT, "type": TEXT, "param": _LABEL, "code": _LABEL})})
 _REFUSALS = {
     "400": "The body says something that cannot be done.",
     "401": "No API key, or a wrong one.",

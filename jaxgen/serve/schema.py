@@ -5,12 +5,16 @@ without effect here is there with its neutral values alone, so that whoever sets
 """
 
 import dataclasses
+import functools
 from typing import Any
 
+from jaxgen.data.spelling import Spelling
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.serve.body import Schema, array, optional, record
+from jaxgen.serve.grammar import Grammars
 from jaxgen.serve.messages import NAME, OBJECT, messages, tools
 from jaxgen.serve.request import MAX_LOGPROBS, SamplingConfig
+from jaxgen.serve.tools import ToolFormat
 
 MAX_CHOICES = 128
 # OpenAI's.
@@ -33,6 +37,21 @@ class Served:
     """What a request that says nothing gets, but for `max_tokens` and `seed`."""
     max_requests: int
     """Answers that one body may ask for: as many as may wait at once."""
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """How single tokens are shown. Raises UserError if that is not known."""
+        return Spelling(self.tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What holds answers to a grammar. Raises UserError if the tokenizer is of another kind."""
+        return Grammars(self.tokenizer, self.vocab_size, {*self.stop_ids, self.tokenizer.eos_id})
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools. Raises UserError if it is of an unknown kind."""
+        return ToolFormat.of(self.tokenizer)
 
     @property
     def max_body_bytes(self) -> int:
