@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt32
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxgen.data.token_bytes import at_start, token_bytes
@@ -28,7 +28,7 @@ _KEPT = 32
 """Compiled grammars, which many requests share."""
 
 _GRAMMAR = "the grammar"
-_LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000, step_max_items=200_000)
+_LIMITS = LLParserLimits(verbose_errors=False)
 
 _RULE_OPTIONS = re.compile(r"^[ \t]*[?!]?[\w-]+\[([^\]\n]*)\][ \t]*:", re.MULTILINE)
 
@@ -143,7 +143,7 @@ class Grammars:
         """Returns the constraint to JSON that a schema describes.
 
         Raises:
-            UserError: the schema says what cannot be held to, is too large, or nothing satisfies it.
+            UserError: the schema says what cannot be held to, is too large, or cannot be satisfied.
         """
         return self._constraint("the JSON schema", f"start: {json_rule(schema, 'the JSON schema')}")
 
@@ -285,15 +285,13 @@ def _said(message: str) -> str:
     return line if len(line) <= 200 else f"{line[:197]}..."
 
 
-class _Vocabulary:
+class _Vocabulary(TokenizerWrapper):
     """What LLTokenizer reads."""
 
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-    special_token_ids: Sequence[int] = ()
-
     def __init__(self, tokens: Sequence[bytes], eos: int):
-        self.tokens, self.eos_token_id = tokens, eos
+        self.is_tokenizer_wrapper = True
+        self.tokens, self.special_token_ids = tokens, ()
+        self.bos_token_id, self.eos_token_id = None, eos
 
     def __call__(self, text: str) -> list[int]:
         raise AssertionError("nothing is forced, so nothing is tokenised")
