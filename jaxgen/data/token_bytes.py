@@ -31,7 +31,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     for n, name in enumerate(tokenizer.names()):
         if name is not None and n not in tokenizer.special_ids:
             spelling = _spelling(name, steps)
-            # No text in UTF-8 has this byte, and llguidance marks special tokens with it.
+            # No text in UTF-8 has this byte.
             spelled[n] = b"" if b"\xff" in spelling else spelling
     return spelled
 
