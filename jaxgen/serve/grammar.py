@@ -24,8 +24,13 @@ _JSON = {"whitespace_pattern": r"\x20|\n[\x20\t]{0,20}", "lenient": False, "coer
 
 _MAX_CHARS = 200_000
 _MAX_DEPTH = 50
+_MAX_OPTIONAL = 400
+"""Properties of one object that may be left out: 5 ms a mask, and llguidance's own limit is 500."""
 _KEPT = 32
 """Compiled grammars, which many requests share."""
+
+# What llguidance tells special tokens by; no text in UTF-8 has this byte.
+_MARK = b"\xff"
 
 _GRAMMAR = "the grammar"
 _LIMITS = LLParserLimits(verbose_errors=False)
@@ -122,14 +127,17 @@ class Grammars:
             UserError: how the tokenizer makes text from tokens is not known.
         """
         assert stop_ids, "an answer that is complete has to end"
-        # No text in UTF-8 has the byte 255, and llguidance marks special tokens with it.
+        # No text in UTF-8 has the byte 255.
         spelled = [b"" if b"\xff" in text else text for text in token_bytes(tokenizer)]
-        ordinary = [n for n, spelling in enumerate(spelled) if spelling]
+        first = at_start(tokenizer, spelled)
+        marked = tokenizer.special_ids | set(stop_ids)
         self._words = -(-vocab_size // 32)
-        self._ordinary = self._bits(ordinary)
+        self._ordinary = self._bits([n for n, t in enumerate(spelled) if t and n not in marked])
         self._stops = self._bits(stop_ids)
         tokens = spelled + [b""] * (32 * self._words - len(spelled))
-        first = at_start(tokenizer, spelled)
+        names = tokenizer.names()
+        for n in marked:
+            tokens[n] = _MARK + (names[n] or "").encode()
         # They stand once more behind all others, as they read at the start of a text.
         self._altered = self._bits(first) if first else None
         if first:
@@ -257,6 +265,14 @@ def _unknown(schema: Mapping[str, Any], what: str) -> Iterator[tuple[str, str]]:
             continue
         if not isinstance(one, Mapping):
             raise UserError(f"{what} has no schema at {place}; correct it")
+        named, required = one.get("properties"), one.get("required")
+        if isinstance(named, Mapping) and isinstance(required or [], list):
+            optional = len(named) - len(required or [])
+            if optional > _MAX_OPTIONAL:
+                raise UserError(
+                    f"{what} has {optional} properties at {place} that may be left out, and "
+                    f"{_MAX_OPTIONAL} are allowed; make them required"
+                )
         for key, value in one.items():
             if key not in _KEYWORDS and (not key.startswith("x-") or key == "x-guidance"):
                 yield place, key

@@ -33,8 +33,11 @@ class PlacedTokens:
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Takes what has newly come."""
         for token, each in zip(tokens, logprobs, strict=True):
-            self._waiting.append(Placed(token, self._place, each))
             text = self._spelling.of(token, first=self._place == 0) or b""
+            begun, _ = self._characters.getstate()
+            # It does not go on with a character that has begun, which is one then: U+FFFD.
+            broken = bool(begun and text and not 0x80 <= text[0] < 0xC0)
+            self._waiting.append(Placed(token, self._place + broken, each))
             self._place += len(self._characters.decode(text))
 
     def shown(self, size: int | None) -> list[Placed]:

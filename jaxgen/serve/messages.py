@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxgen.serve.body import ANYTHING, Refused, Schema, array, optional, record
+from jaxgen.serve.body import ANYTHING, Schema, array, optional, record
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -35,20 +35,16 @@ def messages() -> Schema:
     said = {"role": {"enum": ["system", "developer", "user"]}, "content": content, "name": label}
     # What the client libraries send back of an answer.
     nothing = {"annotations": {"enum": [None, []]}, "refusal": _NULL, "audio": _NULL}
-    answered = {
-        "role": {"enum": ["assistant"]},
-        "content": optional(content),
-        "name": label,
-        "tool_calls": optional(array(call, 0, MAX_TOOLS)),
-        "function_call": _NULL,
-        **nothing,
-    }
+    answered = {"role": {"enum": ["assistant"]}, "name": label, "function_call": _NULL, **nothing}
+    spoke = {"content": content, "tool_calls": optional(array(call, 0, MAX_TOOLS))}
+    called = {"content": optional(content), "tool_calls": array(call, 1, MAX_TOOLS)}
     result = {"role": {"enum": ["tool"]}, "content": content, "tool_call_id": _TEXT, "name": label}
     return array(
         {
             "anyOf": [
                 record(said, ["role", "content"]),
-                record(answered, ["role"]),
+                record({**answered, **spoke}, ["role", "content"]),
+                record({**answered, **called}, ["role", "tool_calls"]),
                 record(result, ["role", "content", "tool_call_id"]),
             ]
         },
@@ -70,19 +66,13 @@ def tools() -> Schema:
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns messages as chat templates know them: contents that are texts, and no labels.
-
-    Raises:
-        Refused: one says nothing.
-    """
+    """Returns messages as chat templates know them: contents that are texts, and no labels."""
     found = []
-    for at, message in enumerate(messages):
+    for message in messages:
         said = {name: value for name, value in message.items() if value not in (None, [])}
         content = said.get("content", "")
         if not isinstance(content, str):
             content = "".join(part["text"] for part in content)
-        if "content" not in said and "tool_calls" not in said:
-            raise Refused(f"messages[{at}].content is missing; send it", f"messages[{at}].content")
         # The name that OpenAI's newer models have for it; templates know only the old one.
         role = "system" if said["role"] == "developer" else said["role"]
         found.append({**said, "role": role, "content": content})

@@ -214,7 +214,8 @@ class ToolFormat:
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a message as a template wants it that knows calls."""
-        told = dict(message)
+        # Templates ask whether there is a list, not whether it is empty.
+        told = {key: value for key, value in message.items() if key != "tool_calls"}
         if message.get("tool_call_id"):
             told["tool_call_id"] = self._id(message["tool_call_id"])
         if message.get("tool_calls"):

@@ -43,7 +43,10 @@ def test_a_completion_tells_of_each_token(client):
     assert found.text_offset == [0, 1, 1, 2, 2, 2, 2, 3]
     assert found.token_logprobs == [-n / 1000 for n in "aé🙂b".encode()]
     assert found.top_logprobs[0] == {"\0": 0, "\1": -0.001, "a": -0.097}
-    assert complete(client, "ab", logprobs=0).logprobs.top_logprobs == [{"a": -0.097}, {"b": -0.098}]
+    assert complete(client, "ab", logprobs=0).logprobs.top_logprobs == [
+        {"a": -0.097},
+        {"b": -0.098},
+    ]
     assert complete(client, "ab").logprobs is None
 
 
@@ -74,7 +77,9 @@ def test_a_stream_tells_with_each_text_what_it_tells_in_all(client, more):
     shown = ""
     for chunk in chunks:
         shown += chunk.delta.content or ""
-        told = [t for c in chunks[: chunks.index(chunk) + 1] if c.logprobs for t in c.logprobs.content]
+        told = [
+            t for c in chunks[: chunks.index(chunk) + 1] if c.logprobs for t in c.logprobs.content
+        ]
         spelled = bytes(itertools.chain.from_iterable(token.bytes for token in told))
         assert spelled.decode(errors="ignore") == shown
     assert len(chunks) > 3
@@ -99,8 +104,8 @@ def test_tokens_of_a_stop_text_are_not_told(client):
 def test_what_has_no_text_is_told_by_name(client):
     more = {"max_tokens": 5, "extra_body": {"ignore_eos": True}}
     choice = complete(client, "ab", logprobs=0, **more)
-    assert choice.text == "abab"
-    assert choice.logprobs.tokens == ["a", "b", "<|end_of_text|>", "a", "b"]
+    assert choice.text == "abba"
+    assert choice.logprobs.tokens == ["a", "b", "<|end_of_text|>", "b", "a"]
     assert choice.logprobs.text_offset == [0, 1, 2, 2, 3]
     made = chat(client, "", max_tokens=22, extra_body={"ignore_eos": True}).choices[0]
     assert [t.token for t in made.logprobs.content if t.bytes is None] == ["<|end_of_text|>"]
@@ -120,5 +125,12 @@ def test_places_are_those_of_the_text():
     placed.push(tokens, [TokenLogprobs(0.0, ())] * len(tokens))
     text = tokenizer.decode(tokens)
     found = placed.shown(None)
-    assert [text[each.place : each.place + 1] for each in found[:6]] == [*"\ufffd\ufffdA\ufffd\ufffdB"]
+    assert [text[each.place : each.place + 1] for each in found[:6]] == [
+        "\ufffd",
+        "\ufffd",
+        "A",
+        "\ufffd",
+        "\ufffd",
+        "B",
+    ]
     assert [each.place for each in found] == [0, 1, 2, 3, 3, 4, 5, 5, 5, 6]

@@ -345,8 +345,11 @@ def test_what_cannot_be_had_is_refused_by_name(server, more, param, words):
         ({"role": "user"}, "messages[0].content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, 'type="image_url"'),
         ({"role": "user", "content": "\ud800"}, "surrogate"),
-        ({"role": "assistant"}, "messages[0].content is missing"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "tool_calls[0].type is missing"),
+        ({"role": "assistant"}, "messages[0].tool_calls is missing"),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{}]},
+            "tool_calls[0].type is missing",
+        ),
         ({"role": "user", "content": "x", "tool_call_id": "1"}, "tool_call_id is not known here"),
         ({"role": "tool", "content": "x"}, "messages[0].tool_call_id is missing"),
     ],

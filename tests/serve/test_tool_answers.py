@@ -95,7 +95,9 @@ def test_no_tools_no_calls(client):
 
 
 def test_a_call_that_is_cut_off_ends_for_its_length(client):
-    size = ask(client, "x").usage.prompt_tokens + len('<tool_call>\n{"name": "weather", "arguments": {')
+    size = ask(client, "x").usage.prompt_tokens + len(
+        '<tool_call>\n{"name": "weather", "arguments": {'
+    )
     content = CALL.ljust(len(CALL))
     made = ask(client, content, max_tokens=size).choices[0]
     assert made.finish_reason == "length"
