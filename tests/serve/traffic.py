@@ -81,17 +81,17 @@ class Device:
                     done = token == STOP or len(row.tokens) + 1 == row.request.limit
                     self.slots[row.slot] = [token, len(row.tokens), done]
                     got.append((row, [token], 1))
-        for row in plan.rows:
+        for row, steps in [(row, burst.steps) for burst in plan.bursts for row in burst.rows]:
             token, place, done = self.slots[row.slot]
             tokens = []
-            for _ in range(plan.steps):
+            for _ in range(steps):
                 if done:
                     break
                 token, place = after(self.write(row, row.blocks, place, token)), place + 1
                 tokens.append(token)
                 done = token == STOP or place + 1 == row.request.limit
             self.slots[row.slot] = [token, place, done]
-            got.append((row, tokens, plan.steps))
+            got.append((row, tokens, steps))
         self.unread.append(got)
 
 
