@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from jaxgen.errors import UserError
-from jaxgen.serve.request import SamplingConfig
 from jaxgen.serve.cache import Slots, VocabRows
+from jaxgen.serve.request import SamplingConfig
 from jaxgen.serve.sampler import Wanted, sample
 
 DRAWS = 20_000
