@@ -181,7 +181,14 @@ def mixed(count):
 
 
 def told(requests):
-    return [(r.output, r.finish_reason, np.shape(r.output_logprobs)) for r in requests]
+    return [
+        (
+            r.output,
+            r.finish_reason,
+            [[token for token, _ in each.top] for each in r.output_logprobs],
+        )
+        for r in requests
+    ]
 
 
 def test_requests_of_every_kind_get_together_what_each_gets_alone(generator):

@@ -14,8 +14,8 @@ from jaxgen.serve.request import QueueFull, Request, SamplingConfig
 
 
 def test_random_traffic_gets_the_answers_of_each_request_alone():
-    """20,000 operations with each of five settings, in a process that does not check types: five
-    seconds instead of a minute and a half."""
+    """20,000 operations with each of six settings, in a process that does not check types: seconds
+    instead of minutes."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, str(here / "traffic.py"), "20000"],
