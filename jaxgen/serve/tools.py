@@ -220,19 +220,17 @@ class ToolFormat:
             told["tool_call_id"] = self._id(message["tool_call_id"])
         if message.get("tool_calls"):
             told["content"] = message.get("content") or ""
-            told["tool_calls"] = [
-                {
-                    "id": self._id(call.get("id", "")),
-                    "type": "function",
-                    "function": {
-                        "name": call["function"]["name"],
-                        "arguments": json.dumps(arguments) if self.as_text else arguments,
-                    },
-                }
-                for call in message["tool_calls"]
-                for arguments in [_arguments(call)]
-            ]
+            told["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
         return told
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a call as a template wants it."""
+        arguments: Any = _arguments(call)
+        if self.as_text:
+            given = call["function"].get("arguments")
+            arguments = given if isinstance(given, str) and given else json.dumps(arguments)
+        function = {"name": call["function"]["name"], "arguments": arguments}
+        return {"id": self._id(call.get("id", "")), "type": "function", "function": function}
 
     def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a message as a template takes it that knows no calls."""
