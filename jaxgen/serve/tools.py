@@ -108,14 +108,14 @@ class ToolFormat:
             f"in one of the known ways ({known}); use it without tools"
         )
 
-    @property
-    def special(self) -> dict[str, int]:
-        """Special tokens that mark calls, which the text given to the parser has to show."""
-        marks = {self.style.begin, self.style.end}
-        found = {mark: self.tokenizer.encode(mark, special=True) for mark in marks if mark}
+    @functools.cached_property
+    def special(self) -> dict[int, str]:
+        """Special tokens that mark calls; the text given to the parser has to show them."""
+        marks = [mark for mark in (self.style.begin, self.style.end) if mark]
+        found = [(self.tokenizer.encode(mark, special=True), mark) for mark in marks]
         return {
-            mark: ids[0]
-            for mark, ids in found.items()
+            ids[0]: mark
+            for ids, mark in found
             if len(ids) == 1 and ids[0] in self.tokenizer.special_ids
         }
 
@@ -209,7 +209,7 @@ class ToolFormat:
 
     def _mark(self, mark: str) -> str:
         """Returns a mark as a part of a grammar."""
-        token = self.special.get(mark)
+        token = next((token for token, name in self.special.items() if name == mark), None)
         return _quote(mark) if token is None else f"<[{token}]>"
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:

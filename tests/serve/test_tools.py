@@ -6,9 +6,10 @@ import jsonschema
 import numpy as np
 import pytest
 import tool_templates as templates
-from random_model import answer
+from random_model import allowed, answer
 
 from jaxgen.data import chat
+from jaxgen.data.text_stream import TextStream
 from jaxgen.data.token_bytes import token_bytes
 from jaxgen.errors import UserError
 from jaxgen.serve.grammar import Grammars
@@ -241,18 +242,26 @@ def model(request):
     vocab_size = tokenizer.vocab_size + 5
     grammars = Grammars(tokenizer, vocab_size, {tokenizer.eos_id})
     found, spelled = ToolFormat.of(tokenizer), token_bytes(tokenizer)
-    names = {token: mark for mark, token in found.special.items()}
+
+    def constrain(choice, tools=templates.TOOLS, *, parallel=True):
+        return grammars.lark(found.grammar(tools, choice, parallel=parallel), special=found.special)
 
     def draw(rng, choice, tools=templates.TOOLS, *, parallel=True, steps=200):
-        lark = found.grammar(tools, choice, parallel=parallel)
-        constraint = grammars.lark(lark, special=found.special.values())
+        constraint = constrain(choice, tools, parallel=parallel)
         ids = answer(constraint, tokenizer, spelled, rng, vocab_size=vocab_size, steps=steps)
-        # As a server has to show special tokens that mark calls.
-        pieces = [names.get(token) or spelled[token] for token in ids]
-        text = b"".join(p.encode() if isinstance(p, str) else p for p in pieces).decode()
+        stream = TextStream(tokenizer, found.special)
+        text = "".join(stream.push(token) for token in ids) + stream.flush()
         return text, *read(found, [text])
 
-    draw.format = found
+    def follow(constraint, text):
+        """What may come after a text, of characters and the end of the answer."""
+        for token in tokenizer.encode(text, special=True):
+            assert token in allowed(constraint, vocab_size), tokenizer.decode([token])
+            constraint.accept(token)
+        tokens = allowed(constraint, vocab_size).tolist()
+        return {tokenizer.decode([n], special=True) for n in tokens}
+
+    draw.format, draw.constrain, draw.follow = found, constrain, follow
     return draw
 
 
@@ -292,14 +301,29 @@ def test_who_may_call_holds_to_a_strict_schema(model):
     assert model.format.grammar(templates.TOOLS, "auto") is None
     assert model.format.grammar(STRICT, "none") is None
     rng, found = np.random.default_rng(0), set()
-    lark = model.format.grammar(STRICT, "auto")
-    for parallel in (True, False):
-        for _ in range(20):
-            text, content, calls = model(rng, "auto", STRICT, steps=15, parallel=parallel)
-            for call in calls:
-                check(call)
-            found.add(bool(calls))
-            if not calls:
-                assert content == text
+    for _ in range(20):
+        text, content, calls = model(rng, "auto", STRICT, steps=15)
+        for call in calls:
+            check(call)
+        assert calls or content == text
+        found.add(bool(calls))
     assert False in found
-    assert lark is not None
+    style, key = model.format.style, model.format.style.arguments
+    lead = "" if style.bare else f"Well <b> {style.begin}"
+    lead += "[" if style.listed else "\n" if style.end else ""
+    for parallel in (True, False):
+        constraint = model.constrain("auto", STRICT, parallel=parallel)
+        free = model.follow(constraint, "" if style.bare else "Well <b> ")
+        assert {"<", "x", "</s>"} <= free
+        constraint = model.constrain("auto", STRICT, parallel=parallel)
+        head = f'{lead}{{"name": "get_weather", "{key}": '
+        assert model.follow(constraint, head) == {"{"}
+        assert model.follow(constraint, '{"c') == {"i"}
+        after = model.follow(
+            constraint, f'ity": "a"}}}}\n{style.end}' if style.end else 'ity": "a"}}'
+        )
+        if style.listed:
+            assert after == ({",", "]"} if parallel else {"]"})
+            after = model.follow(constraint, "]")
+        # Whether there may be more, of text or calls.
+        assert after == {"</s>"} or (parallel and style.end and {"</s>", "x", "<"} <= after)

@@ -83,7 +83,7 @@ MISTRAL = """{{- bos_token }}
             {{- '{"name": "' + call.function.name + '", "arguments": ' }}
             {{- call.function.arguments | tojson }}
             {%- if call.id | length != 9 %}
-                {{- raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}
+                {{- raise_exception("Tool call IDs should be of 9 characters!") }}
             {%- endif %}
             {{- ', "id": "' + call.id + '"}' + ("" if loop.last else ", ") }}
         {%- endfor %}
@@ -137,13 +137,16 @@ NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS = [WEATHER, NOW]
 
 
+SPECIAL = [
+    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<|python_tag|>", "[TOOL_CALLS]", "[INST]"),
+]
+
+
 def tokenizer(name):
     """Bytes with the special tokens of all, and with tags that are ordinary tokens."""
     model = tokenizers.Tokenizer.from_str(Tokenizer.from_bytes().json)
-    model.add_special_tokens(
-        ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[TOOL_CALLS]", "[INST]"]
-        + ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"]
-    )
+    model.add_special_tokens(SPECIAL)
     model.add_tokens(["<tool_call>", "</tool_call>"])
     return Tokenizer(
         model, bos="<s>", eos="</s>", pad=None, begin=(), chat_template=TEMPLATES[name]
