@@ -1,6 +1,7 @@
 """Text from tokens as they come."""
 
-from collections.abc import Collection
+import types
+from collections.abc import Mapping
 
 from jaxgen.data.tokenizer import Tokenizer
 
@@ -8,21 +9,25 @@ from jaxgen.data.tokenizer import Tokenizer
 class TextStream:
     """Turns tokens into text as they come, holding back a character until all its bytes are there.
 
-    What `push` and `flush` return, put together, is what `decode` returns for all the ids; after a
-    special token that is shown, another text begins.
+    What `push` and `flush` return, put together, is what `decode` returns for all the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()):
-        """Starts before the text, in which special tokens appear only if they are `shown`."""
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] = types.MappingProxyType({})):
+        """Starts before the text.
+
+        Args:
+            tokenizer: of the tokens.
+            shown: special tokens that appear by name, which otherwise none does.
+        """
         self._tokenizer = tokenizer
-        self._names = {token: tokenizer.decode([token], special=True) for token in shown}
+        self._special = shown
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes, often empty or several characters."""
-        if token in self._names:
-            return self.flush() + self._names[token]
+        if token in self._special:
+            return self.flush() + self._special[token]
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         new = text[self._shown :]

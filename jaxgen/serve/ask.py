@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgen.data import chat
@@ -41,8 +41,8 @@ class Ask:
     """What holds each answer to a grammar."""
     tools: Sequence[Mapping[str, Any]]
     """What the model may call."""
-    shown_ids: Collection[int]
-    """Special tokens that the text of an answer has to show."""
+    shown: Mapping[int, str]
+    """Special tokens that the text of an answer has to show, by name."""
     one_call: bool
     """Whether an answer has at most one call of a tool."""
     prompt_tokens: int
@@ -197,7 +197,7 @@ def _ask(
         ignore_eos=ignore_eos,
         constraints=[constraint and constraint.fresh() for _ in range(len(prompts) * count)],
         tools=tools,
-        shown_ids=served.tool_format.special.values() if tools else (),
+        shown=served.tool_format.special if tools else {},
         one_call=not given.get("parallel_tool_calls", True),
         prompt_tokens=sum(map(len, prompts)),
         count=count,

@@ -3,7 +3,8 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -113,7 +114,7 @@ class Engine:
         priority: int = 0,
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
-        shown_ids: Collection[int] = (),
+        shown: Mapping[int, str] = types.MappingProxyType({}),
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -126,7 +127,7 @@ class Engine:
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
             constraint: what the answer may be; this request alone may use it.
-            shown_ids: special tokens that the answer's text has by name; the others are left out.
+            shown: special tokens that the answer's text has, by name; the others are left out.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -142,7 +143,7 @@ class Engine:
             priority,
             ignore_eos=ignore_eos,
             constraint=constraint,
-            shown_ids=shown_ids,
+            shown=shown,
             deliver=deliver,
         )
 
@@ -243,14 +244,14 @@ class Engine:
         bounded=True,
         ignore_eos=False,
         constraint=None,
-        shown_ids=(),
+        shown=types.MappingProxyType({}),
         deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
         stops = set(stop_ids)
         if tokenizer is not None:
             stops |= set() if ignore_eos else {tokenizer.eos_id}
-            stream = TextStream(tokenizer, shown_ids)
+            stream = TextStream(tokenizer, shown)
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")

@@ -83,7 +83,7 @@ class Job:
                     prompt,
                     ask.samplings[at],
                     constraint=ask.constraints[at],
-                    shown_ids=ask.shown_ids,
+                    shown=ask.shown,
                     stop=ask.stop,
                     stop_ids=ask.stop_ids,
                     ignore_eos=ask.ignore_eos,

@@ -76,5 +76,5 @@ def _tools(served: Served, given: Given) -> _Found:
         )
     except UserError as error:
         raise Refused(str(error), "tools" if given.get("tools") else "tool_choice") from None
-    special = form.special.values()
+    special = form.special.keys()
     yield "tools", None if lark is None else lambda grammars: grammars.lark(lark, special)

@@ -58,6 +58,7 @@ class CallArguments(NamedTuple):
 Part = TextPart | CallStart | CallArguments
 
 _SPACE = " \t\r\n"
+_MAX_BLANKS = 64
 
 # The name comes first, as models are shown it, so that arguments can be passed on as they come.
 _HEAD = re.compile(
@@ -118,15 +119,14 @@ class ToolParser:
         if bare:
             place, begin = held.index("{"), ""
         if place >= 0:
-            # The space before a call belongs to it.
-            said = held[:place].rstrip(_SPACE)
+            said = _without_blanks(held[:place])
             self._say(said)
             self._held = held[len(said) : place + len(begin)]
             self._read = self._seek
             return held[place + len(begin) :]
         sizes = range(min(len(begin) - 1, len(held)), 0, -1)
         begun = next((size for size in sizes if held.endswith(begin[:size])), 0)
-        said = held[: len(held) - begun].rstrip(_SPACE)
+        said = _without_blanks(held[: len(held) - begun])
         self._say(said)
         self._held = held[len(said) :]
         return ""
@@ -267,6 +267,15 @@ class _Nesting:
         else:
             return char in " \t\r\n:,+-.0123456789Eaeflnrstu"
         return True
+
+
+def _without_blanks(text: str) -> str:
+    """Returns a text without the blanks at its end, which belong to the call that may follow.
+
+    At most so many that holding them back costs little.
+    """
+    last = text[-_MAX_BLANKS:]
+    return text[: len(text) - len(last)] + last.rstrip(_SPACE)
 
 
 def _string(text: str) -> str:

@@ -108,14 +108,14 @@ class ToolFormat:
             f"in one of the known ways ({known}); use it without tools"
         )
 
-    @property
-    def special(self) -> dict[str, int]:
-        """Special tokens that mark calls, which the text given to the parser has to show."""
-        marks = {self.style.begin, self.style.end}
-        found = {mark: self.tokenizer.encode(mark, special=True) for mark in marks if mark}
+    @functools.cached_property
+    def special(self) -> dict[int, str]:
+        """Special tokens that mark calls; the text given to the parser has to show them."""
+        marks = [mark for mark in (self.style.begin, self.style.end) if mark]
+        found = [(self.tokenizer.encode(mark, special=True), mark) for mark in marks]
         return {
-            mark: ids[0]
-            for mark, ids in found.items()
+            ids[0]: mark
+            for ids, mark in found
             if len(ids) == 1 and ids[0] in self.tokenizer.special_ids
         }
 
@@ -209,7 +209,7 @@ class ToolFormat:
 
     def _mark(self, mark: str) -> str:
         """Returns a mark as a part of a grammar."""
-        token = self.special.get(mark)
+        token = next((token for token, name in self.special.items() if name == mark), None)
         return _quote(mark) if token is None else f"<[{token}]>"
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,19 +220,17 @@ class ToolFormat:
             told["tool_call_id"] = self._id(message["tool_call_id"])
         if message.get("tool_calls"):
             told["content"] = message.get("content") or ""
-            told["tool_calls"] = [
-                {
-                    "id": self._id(call.get("id", "")),
-                    "type": "function",
-                    "function": {
-                        "name": call["function"]["name"],
-                        "arguments": json.dumps(arguments) if self.as_text else arguments,
-                    },
-                }
-                for call in message["tool_calls"]
-                for arguments in [_arguments(call)]
-            ]
+            told["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
         return told
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a call as a template wants it."""
+        arguments: Any = _arguments(call)
+        if self.as_text:
+            given = call["function"].get("arguments")
+            arguments = given if isinstance(given, str) and given else json.dumps(arguments)
+        function = {"name": call["function"]["name"], "arguments": arguments}
+        return {"id": self._id(call.get("id", "")), "type": "function", "function": function}
 
     def _plain(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a message as a template takes it that knows no calls."""

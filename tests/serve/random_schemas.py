@@ -4,7 +4,17 @@ import numpy as np
 
 
 def schema(rng: np.random.Generator, depth=3):
-    kinds = ["string", "integer", "number", "boolean", "enum", "const", "pattern", "format"]
+    kinds = [
+        "string",
+        "integer",
+        "number",
+        "boolean",
+        "enum",
+        "const",
+        "pattern",
+        "search",
+        "format",
+    ]
     if depth:
         kinds += ["object", "array", "anyOf", "object", "array", "tuple", "map", "$ref"]
     kind = str(rng.choice(kinds))
@@ -22,8 +32,10 @@ def schema(rng: np.random.Generator, depth=3):
             return {"const": {"k": [low, "x\n"]}}
         case "pattern":
             return {"type": "string", "pattern": f"^[a-c]{{{low},5}}(x|yz)+$", "maxLength": 12}
+        case "search":
+            return {"type": "string", "pattern": "[0-9]é|b$", "maxLength": 9}
         case "format":
-            return {"type": "string", "format": str(rng.choice(["date", "ipv4", "uuid", "time"]))}
+            return {"type": "string", "format": str(rng.choice(["ipv4", "ipv6", "uuid"]))}
         case "object":
             names = ["a", "b c", "é", 'q"'][: low + 1]
             return {
