@@ -14,7 +14,7 @@ from jaxgen.serve.choice import Choice, Part, whole_calls
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.logprobs import Placed, chat_logprobs, completion_logprobs
 from jaxgen.serve.prometheus import Metrics
-from jaxgen.serve.refusal import EngineFailed
+from jaxgen.serve.refusal import EngineFailed, GrammarFailed
 from jaxgen.serve.schema import Served
 
 
@@ -167,6 +167,9 @@ class Job:
             reason = self._answers[at].finish_reason
             if reason in (None, "cancelled"):
                 raise EngineFailed("the engine was closed")
+            constraint = self.ask.constraints[at]
+            if constraint is not None and constraint.failed is not None:
+                raise GrammarFailed(f"the grammar asks for too much: {constraint.failed}")
             self._open.remove(at)
             self._metrics.ended(reason)
             if at in firsts:

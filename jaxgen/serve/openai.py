@@ -99,6 +99,7 @@ class Api:
 
     def start(self, served: Served, engine: Engine) -> None:
         """Begins to take requests."""
+        served.prepare()
         self._served, self._engine = served, engine
 
     def close(self) -> None:

@@ -4,12 +4,14 @@ The names are OpenAI's, and vLLM's where OpenAI has none. A parameter of theirs 
 without effect here is there with its neutral values alone, so that whoever sets it is told.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
 
 from jaxgen.data.spelling import Spelling
 from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
 from jaxgen.serve.body import Schema, array, optional, record
 from jaxgen.serve.grammar import Grammars
 from jaxgen.serve.messages import NAME, OBJECT, messages, tools
@@ -38,6 +40,13 @@ class Served:
     max_requests: int
     """Answers that one body may ask for: as many as may wait at once."""
 
+    def prepare(self) -> None:
+        """Makes what the first request for it would wait for: a second, for 128k tokens."""
+        for name in ("spelling", "grammars", "tool_format"):
+            # Requests that need what this model cannot have are refused.
+            with contextlib.suppress(UserError):
+                getattr(self, name)
+
     @functools.cached_property
     def spelling(self) -> Spelling:
         """How single tokens are shown. Raises UserError if that is not known."""
@@ -64,7 +73,7 @@ def _only(*neutral: Any) -> Schema:
     return {"enum": [None, *neutral], "description": "Not supported: neutral values only."}
 
 
-def _number(kind: str, description: str = "", **limits: int) -> Schema:
+def _number(kind: str, description: str = "", **limits: int | float) -> Schema:
     schema = {"type": [kind, "null"], **limits}
     return {**schema, "description": description} if description else schema
 
@@ -126,7 +135,7 @@ def _sampling(served: Served) -> dict[str, Schema]:
         "presence_penalty": _number("number", minimum=-2, maximum=2),
         "frequency_penalty": _number("number", minimum=-2, maximum=2),
         "repetition_penalty": _number(
-            "number", f"Default: {d.repetition_penalty}.", exclusiveMinimum=0, maximum=2
+            "number", f"Default: {d.repetition_penalty}.", minimum=0.01, maximum=100
         ),
         "logit_bias": {
             "type": ["object", "null"],

@@ -14,6 +14,7 @@ from echo_engine import served
 from prometheus_client.parser import text_string_to_metric_families
 from serving import running, wait_for
 
+from jaxgen.serve.grammar import Constraint
 from jaxgen.serve.job import Job
 from jaxgen.serve.prometheus import CONTENT_TYPE
 from jaxgen.serve.request import SamplingConfig
@@ -514,6 +515,27 @@ def test_health_is_the_engines(monkeypatch):
             assert status("/ready") == 503
         answer.cancel()
         wait_for(lambda: status("/health") == 200)
+
+
+def test_an_answer_that_loses_its_grammar_fails():
+    with running() as server:
+        mask = Constraint.mask
+
+        def lose(self):
+            if len(masks) > 5:
+                self.failed = "out of fuel"
+            masks.append(mask(self))
+            return masks[-1]
+
+        for stream in (False, True):
+            masks = []
+            body = CHAT | {"response_format": {"type": "json_object"}, "n": 2, "stream": stream}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Constraint, "mask", lose)
+                answer = server.post("/v1/chat/completions", body)
+            assert answer.status_code == (200 if stream else 500)
+            assert "the grammar asks for too much: out of fuel" in answer.text
+        wait_for(lambda: server.engine.idle)
 
 
 def test_an_engine_that_fails_fails_its_requests():
