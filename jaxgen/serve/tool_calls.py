@@ -23,14 +23,14 @@ class CallStyle:
     """Whether calls are the items of one list."""
     bare: bool = False
     """Whether an answer that begins with an object is a call, without `begin`."""
-    separator: str = "\n"
-    """Stands between calls."""
+    separator: str = ""
+    """Stands between calls, besides blanks."""
 
 
 STYLES = (
     CallStyle("hermes", begin="<tool_call>", end="</tool_call>"),
-    CallStyle("mistral", begin="[TOOL_CALLS]", listed=True, separator=", "),
-    CallStyle("llama3", begin="<|python_tag|>", bare=True, arguments="parameters", separator="; "),
+    CallStyle("mistral", begin="[TOOL_CALLS]", listed=True, separator=","),
+    CallStyle("llama3", begin="<|python_tag|>", bare=True, arguments="parameters", separator=";"),
 )
 
 
@@ -176,7 +176,7 @@ class ToolParser:
         if not self._held and char in _SPACE:
             return text[1:]
         self._held += char
-        if self._held == style.separator.strip():
+        if self._held == style.separator:
             self._read = self._seek
             return text[1:]
         end = "]" if self._listing else style.end
