@@ -307,7 +307,9 @@ def _arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     given = call["function"].get("arguments") or {}
     try:
         found = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
+        # No text has half a surrogate pair, which JSON can spell.
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(

@@ -150,7 +150,7 @@ def test_tools_that_are_none_are_refused(tools, choice, said):
             ask()
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", '"text"', "3"])
+@pytest.mark.parametrize("arguments", ["{", "[1]", '"text"', "3", '{"a": "\\ud800"}', "[" * 10**5])
 @pytest.mark.parametrize("name", ["hermes", "plain"])
 def test_arguments_of_earlier_calls_have_to_be_objects(name, arguments):
     call = {"id": "a", "function": {"name": "now", "arguments": arguments}}
@@ -217,7 +217,10 @@ def test_arguments_come_as_they_are_written():
         '<tool_call>{name: "now", "arguments": {}}\n',
         '<tool_call>[{"name": "now", "arguments": {}}]',
         '{"name": "now", "arguments": {}}',
+        '<tool_call>{"name": ["now"], "arguments": {}}</tool_call>',
+        '<tool_call>{"x": ' + "[" * 5000 + "]" * 5000 + "}",
     ],
+    ids=lambda text: text[:40],
 )
 def test_what_is_no_call_stays_content(text):
     found = ToolFormat.of(templates.tokenizer("hermes"))
