@@ -23,14 +23,14 @@ class CallStyle:
     """Whether calls are the items of one list."""
     bare: bool = False
     """Whether an answer that begins with an object is a call, without `begin`."""
-    separator: str = "\n"
-    """Stands between calls."""
+    separator: str = ""
+    """Stands between calls, besides blanks."""
 
 
 STYLES = (
     CallStyle("hermes", begin="<tool_call>", end="</tool_call>"),
-    CallStyle("mistral", begin="[TOOL_CALLS]", listed=True, separator=", "),
-    CallStyle("llama3", begin="<|python_tag|>", bare=True, arguments="parameters", separator="; "),
+    CallStyle("mistral", begin="[TOOL_CALLS]", listed=True, separator=","),
+    CallStyle("llama3", begin="<|python_tag|>", bare=True, arguments="parameters", separator=";"),
 )
 
 
@@ -133,17 +133,17 @@ class ToolParser:
 
     def _seek(self, text: str) -> str:
         """Reads up to the object that is a call."""
-        char = text[0]
-        if char == "{":
+        rest = text.lstrip(_SPACE)
+        opens = rest.startswith("[") and self._style.listed and not self._listing
+        if rest and not opens and rest[0] != "{":
+            return self._refuse(text)
+        taken = len(text) - len(rest) + opens
+        self._held += text[:taken]
+        self._listing |= opens
+        if rest and not opens:
             self._object, self._nesting, self._started = "", _Nesting(), False
             self._read = self._call
-            return text
-        opens = char == "[" and self._style.listed and not self._listing
-        if not opens and char not in _SPACE:
-            return self._refuse(text)
-        self._listing |= opens
-        self._held += char
-        return text[1:]
+        return text[taken:]
 
     def _call(self, text: str) -> str:
         """Reads a call."""
@@ -172,11 +172,13 @@ class ToolParser:
 
     def _end(self, text: str) -> str:
         """Reads what follows a call."""
-        style, char = self._style, text[0]
-        if not self._held and char in _SPACE:
-            return text[1:]
-        self._held += char
-        if self._held == style.separator.strip():
+        style = self._style
+        if not self._held:
+            text = text.lstrip(_SPACE)
+        self._held += text[:1]
+        if not self._held:
+            return ""
+        if self._held == style.separator:
             self._read = self._seek
             return text[1:]
         end = "]" if self._listing else style.end
@@ -200,13 +202,14 @@ class ToolParser:
         """Passes a call on that was written in another order, if the object is one."""
         try:
             found = json.loads(self._object)
-        except ValueError:
+            name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
+            text = json.dumps(arguments)
+        except (ValueError, RecursionError):
             return False
-        name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
-        if name not in self._names or not isinstance(arguments, dict):
+        if not isinstance(name, str) or name not in self._names or text[0] != "{":
             return False
         self._open(name)
-        self._argue(json.dumps(arguments, ensure_ascii=False))
+        self._argue(text)
         return True
 
     def _refuse(self, rest: str) -> str:

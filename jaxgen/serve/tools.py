@@ -81,26 +81,21 @@ class ToolFormat:
             return ToolFormat(tokenizer, STYLES[0], told=False)
         for as_text in (False, True):
             arguments = '{"x": 1}' if as_text else {"x": 1}
-            call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-            answer = {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"id": "a12345678", **call}],
-            }
+            function = {"name": name, "arguments": arguments}
+            call = {"id": "a12345678", "type": "function", "function": function}
+            answer = {"role": "assistant", "content": "", "tool_calls": [call]}
             try:
                 whole = write([user, answer], add_generation_prompt=False, tools=tools)
             except UserError:
                 continue
             pairs = enumerate(zip(start, whole, strict=False))
             differ = next((n for n, (a, b) in pairs if a != b), min(len(start), len(whole)))
-            written = whole[differ:]
             for style in STYLES:
                 parser = ToolParser(style, [name])
-                parts = [*parser.push(written), *parser.finish()]
+                parts = [*parser.push(whole[differ:]), *parser.finish()]
+                called = [part.name for part in parts if isinstance(part, CallStart)]
                 said = "".join(part.text for part in parts if isinstance(part, CallArguments))
-                if [p.name for p in parts if isinstance(p, CallStart)] == [name] and (
-                    json.loads(said) == {"x": 1}
-                ):
+                if called == [name] and said.replace(" ", "") == '{"x":1}':
                     return ToolFormat(tokenizer, style, as_text=as_text)
         known = ", ".join(style.name for style in STYLES)
         raise UserError(
@@ -153,7 +148,9 @@ class ToolFormat:
     ) -> str | None:
         """Returns the grammar of an answer, for `Grammars.lark` with `special`'s tokens.
 
-        None stands for any text: that is so for none, and for auto where no function is `strict`.
+        None stands for any text: that is so for none, and for auto where no function is `strict`
+        and any number of them may be called. In auto only those that are `strict` have their
+        arguments held to their parameters.
 
         Args:
             tools: as OpenAI describes them.
@@ -165,23 +162,33 @@ class ToolFormat:
         """
         functions = check_tools(tools, tool_choice)
         strict = any(function.get("strict") for function in functions.values())
-        if tool_choice == "none" or (tool_choice == "auto" and not strict):
+        if not functions or tool_choice == "none":
+            return None
+        if tool_choice == "auto" and parallel and not strict:
             return None
         if isinstance(tool_choice, Mapping):
             name = tool_choice["function"]["name"]
             functions, parallel = {name: functions[name]}, False
         style = self.style
         begin, end = self._mark(style.begin), self._mark(style.end)
-        objects = [self._object(name, function) for name, function in functions.items()]
+        objects = [
+            self._object(
+                name, function, exact=tool_choice != "auto" or bool(function.get("strict"))
+            )
+            for name, function in functions.items()
+        ]
         rules = [f"object: {' | '.join(f'object{n}' for n in range(len(objects)))}"]
         rules += [f"object{n}: {rule}" for n, rule in enumerate(objects)]
-        after_begin = f'"\\n" object "\\n" {end}' if style.end else "object"
-        call = "object" if style.listed or style.bare else f"{begin} {after_begin}"
         # Llama's templates refuse a conversation in which an answer has several calls.
-        more = _MAX_CALLS - 1 if parallel and not style.bare else 0
-        calls = f"{call} ({_quote(style.separator)} {call}){{0,{more}}}" if more else call
+        parallel = parallel and not style.bare
         if style.listed:
-            calls = f'{begin} " "? "[" {calls} "]"'
+            objects_more = _more(parallel, '", " object')
+            rules.append(f'rest: " "? "[" object{objects_more} "]"')
+        else:
+            rules.append(f'rest: "\\n" object "\\n" {end}' if style.end else "rest: object")
+        calls = "rest" if style.bare else f"{begin} rest"
+        if style.end:
+            calls += _more(parallel, f'"\\n" {begin} rest')
         if tool_choice != "auto":
             return "\n".join([f"start: {calls}", *rules])
         text = r"/(?s:.*)/"
@@ -193,17 +200,19 @@ class ToolFormat:
         else:
             # The text ends where the mark first comes up.
             rules.append(f"lead[lazy]: TEXT {begin}")
-            start = f"TEXT | lead {after_begin}" if not more else f"(lead {after_begin})* TEXT"
+            start = "(lead rest)* TEXT" if parallel and style.end else "TEXT | lead rest"
         return "\n".join([f"start: {start}", f"TEXT: {text}", *rules])
 
     def parser(self, tools: Sequence[Mapping[str, Any]]) -> ToolParser:
         """Returns what reads calls of these tools out of one answer."""
         return ToolParser(self.style, [tool["function"]["name"] for tool in tools])
 
-    def _object(self, name: str, function: Mapping[str, Any]) -> str:
+    def _object(self, name: str, function: Mapping[str, Any], *, exact: bool) -> str:
         """Returns the rule of the object that calls a function."""
-        schema = function.get("parameters") or {"properties": {}, "additionalProperties": False}
-        rule = json_rule({**schema, "type": "object"}, f"the parameters of {name}")
+        schema = function.get("parameters") if exact else {}
+        if schema is None:
+            schema = {"properties": {}, "additionalProperties": False}
+        rule = json_rule({**schema, "type": "object"}, f"the parameter schema of {name}")
         head = f'{{"name": "{name}", "{self.style.arguments}": '
         return f'{_quote(head)} {rule} "}}"'
 
@@ -278,7 +287,7 @@ def check_tools(
         if name in functions:
             raise UserError(f"tools[{number}] is the second one named {name!r}; rename it")
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-            raise UserError(f"the parameters of {name} are no schema of an object; correct them")
+            raise UserError(f"the parameters of {name} are no schema of an object; correct it")
         functions[name] = function
     if isinstance(tool_choice, Mapping):
         named = tool_choice.get("function")
@@ -298,7 +307,9 @@ def _arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     given = call["function"].get("arguments") or {}
     try:
         found = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
+        # No text has half a surrogate pair, which JSON can spell.
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(
@@ -332,6 +343,11 @@ def _instruct(messages: list[dict[str, Any]], text: str, role: str) -> None:
         messages[first]["content"] += f"\n\n{text}"
     else:
         messages[first]["content"] = f"{text}\n\n{messages[first]['content']}"
+
+
+def _more(parallel: bool, call: str) -> str:
+    """Returns what may follow the first call of an answer, as a part of a grammar."""
+    return f" ({call}){{0,{_MAX_CALLS - 1}}}" if parallel else ""
 
 
 def _quote(text: str) -> str:

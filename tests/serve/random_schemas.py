@@ -16,7 +16,7 @@ def schema(rng: np.random.Generator, depth=3):
         "format",
     ]
     if depth:
-        kinds += ["object", "array", "anyOf", "object", "array", "tuple", "map", "$ref"]
+        kinds += ["object", "array", "anyOf", "object", "array", "tuple", "map", "$ref", "oneOf"]
     kind = str(rng.choice(kinds))
     low = int(rng.integers(0, 4))
     match kind:
@@ -32,6 +32,10 @@ def schema(rng: np.random.Generator, depth=3):
             return {"const": {"k": [low, "x\n"]}}
         case "pattern":
             return {"type": "string", "pattern": f"^[a-c]{{{low},5}}(x|yz)+$", "maxLength": 12}
+        case "multiple":
+            return {"type": "integer", "multipleOf": low + 2, "minimum": 0, "maximum": 99}
+        case "all of":
+            return {"allOf": [{"type": "integer", "minimum": low}, {"maximum": 7}]}
         case "search":
             return {"type": "string", "pattern": "[0-9]é|b$", "maxLength": 9}
         case "format":
@@ -68,6 +72,8 @@ def schema(rng: np.random.Generator, depth=3):
             }
         case "anyOf":
             return {"anyOf": [schema(rng, depth - 1), {"type": "null"}]}
+        case "oneOf":
+            return {"oneOf": [{"type": "boolean"}, {"enum": ["a", "b"]}, {"type": "null"}]}
         case "$ref":
             return (
                 {"type": "object", "properties": {"next": {"$ref": "#"}, "v": {"type": "null"}}}

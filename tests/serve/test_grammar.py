@@ -81,10 +81,10 @@ def test_other_grammars(vocabulary_of, kind):
     """Among them texts that begin with a space, which SentencePiece drops from what it writes."""
     vocabulary, rng = vocabulary_of(kind), np.random.default_rng(2)
     grammars = vocabulary.grammars
-    texts = [" a", "  a", "a/b", 'é"\n', "漢"]
+    texts = [" a", "  a", "a/b", 'é"\n', "漢", "\x00\x7f\b\\", "'/*", "//"]
     for _ in range(10):
         assert vocabulary.answer(grammars.choice(texts), rng) in texts
-        pattern = "^ ?[a-c]{2,4}/(null|é)+$"
+        pattern = '^ ?[a-c]{2,4}/(null|"\né)+$'
         assert re.fullmatch(pattern, vocabulary.answer(grammars.regex(pattern), rng))
         lark = 'start: "a" list\nlist: "[" (list ("," list)*)? "]"'
         text = vocabulary.answer(grammars.lark(lark), rng)
@@ -116,7 +116,8 @@ def test_no_text_has_a_special_token_or_one_that_stands_for_nothing(vocabulary):
         tokens = set(allowed(grammars.lark(lark), vocabulary.size).tolist())
         assert len(tokens) > 100
         assert not tokens & (tokenizer.special_ids - {tokenizer.eos_id})
-        assert max(tokens - {tokenizer.eos_id}) < tokenizer.vocab_size
+        assert max(tokens) < tokenizer.vocab_size
+        assert (tokenizer.eos_id in tokens) == ("*]" not in lark)
     named = f'start: "a"? <[{mark[0]}]> "b"'
     constraint = grammars.lark(named, special=mark)
     assert set(allowed(constraint, vocabulary.size).tolist()) == {ord("a"), *mark}
@@ -165,6 +166,8 @@ BAD = {
     "deep": (deep(60), "more than 50 levels deep"),
     "too deep": (deep(5000), "more than 50 levels deep"),
     "large": ({"enum": ["x" * 200_001]}, "200000 are allowed"),
+    "a deep value": ({"const": deep(5000)}, "a value that is too deep"),
+    "surrogate": ({"const": "\ud800"}, "half a surrogate pair"),
     "optional": ({"properties": {f"p{n}": {} for n in range(201)}}, "201 properties at #"),
 }
 
@@ -219,6 +222,9 @@ def test_grammars_that_cannot_be_followed_are_refused(vocabulary, text, said):
 def test_other_things_that_are_refused(vocabulary):
     with pytest.raises(UserError, match=r"unclosed group$"):
         vocabulary.grammars.regex("(a")
+    for make in (vocabulary.grammars.regex, vocabulary.grammars.lark):
+        with pytest.raises(UserError, match="half a surrogate pair"):
+            make("\udc00")
     for texts in ([], ["a", ""]):
         with pytest.raises(UserError, match="at least one text"):
             vocabulary.grammars.choice(texts)

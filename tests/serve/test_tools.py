@@ -124,6 +124,41 @@ def test_a_template_without_tools_gets_them_in_messages(name):
         )
 
 
+def function(**fields):
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "said"),
+    [
+        ([{"type": "web_search"}], "auto", "tools[0] is no function"),
+        ([function(name="no spaces")], "auto", "tools[0] is named 'no spaces'"),
+        ([function(name=3)], "auto", "tools[0] is named 3"),
+        ([function(), function()], "none", "tools[1] is the second one named 'f'"),
+        ([function(parameters={"type": "array"})], "auto", "parameters of f are no schema of an"),
+        ([function(name=f"f{n}") for n in range(129)], "auto", "129 entries, and 128 are allowed"),
+        ([function()], NAMED, "names 'get_weather', which is not among"),
+        ([function()], {"type": "allowed_tools"}, "names None, which is not among"),
+        ([function()], "any", "tool_choice='any' is not supported"),
+        ([], "required", "needs tools"),
+    ],
+)
+def test_tools_that_are_none_are_refused(tools, choice, said):
+    found = ToolFormat.of(templates.tokenizer("hermes"))
+    for ask in (lambda: found.prompt([], tools, choice), lambda: found.grammar(tools, choice)):
+        with pytest.raises(UserError, match=re.escape(said)):
+            ask()
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", '"text"', "3", '{"a": "\\ud800"}', "[" * 10**5])
+@pytest.mark.parametrize("name", ["hermes", "plain"])
+def test_arguments_of_earlier_calls_have_to_be_objects(name, arguments):
+    call = {"id": "a", "function": {"name": "now", "arguments": arguments}}
+    messages = [CALLED[0], {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(UserError, match="a call of now in the messages has arguments that are no"):
+        ToolFormat.of(templates.tokenizer(name)).prompt(messages)
+
+
 CALLS = {
     "hermes": 'Well.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "a}\\"<", '
     '"x": [1, {"y": "</tool_call>"}]}}\n</tool_call>\n<tool_call>\n'
@@ -182,7 +217,10 @@ def test_arguments_come_as_they_are_written():
         '<tool_call>{name: "now", "arguments": {}}\n',
         '<tool_call>[{"name": "now", "arguments": {}}]',
         '{"name": "now", "arguments": {}}',
+        '<tool_call>{"name": ["now"], "arguments": {}}</tool_call>',
+        '<tool_call>{"x": ' + "[" * 5000 + "]" * 5000 + "}",
     ],
+    ids=lambda text: text[:40],
 )
 def test_what_is_no_call_stays_content(text):
     found = ToolFormat.of(templates.tokenizer("hermes"))
@@ -236,9 +274,12 @@ def test_noise_reads_the_same_wherever_it_is_cut():
             assert read(found, parts) == read(found, [text]) == read(found, text), text
 
 
-@pytest.fixture(scope="module", params=["hermes", "mistral", "llama3", "plain"])
+@pytest.fixture(
+    scope="module", params=["hermes", "hermes swapped", "mistral", "mistral swapped", "llama3"]
+)
 def model(request):
-    tokenizer = templates.tokenizer(request.param)
+    name, _, swapped = request.param.partition(" ")
+    tokenizer = templates.tokenizer(name, swapped=bool(swapped))
     vocab_size = tokenizer.vocab_size + 5
     grammars = Grammars(tokenizer, vocab_size, {tokenizer.eos_id})
     found, spelled = ToolFormat.of(tokenizer), token_bytes(tokenizer)
@@ -299,6 +340,16 @@ STRICT = [templates.WEATHER | {"function": templates.WEATHER["function"] | {"str
 
 def test_who_may_call_holds_to_a_strict_schema(model):
     assert model.format.grammar(templates.TOOLS, "auto") is None
+    assert model.format.grammar(templates.TOOLS, "auto", parallel=False) is not None
+    assert model.format.grammar([], "auto", parallel=False) is None
+    # Who is not strict may say more than grammars can hold to, where nobody has to call.
+    loose = {"name": "loose", "parameters": {"type": "object", "uniqueItems": True}}
+    others = [*STRICT, {"type": "function", "function": loose}]
+    assert "get_weather" in model.format.grammar(others, "auto")
+    with pytest.raises(
+        UserError, match="the parameter schema of loose has 'uniqueItems' at #, which"
+    ):
+        model.format.grammar(others, "required")
     assert model.format.grammar(STRICT, "none") is None
     rng, found = np.random.default_rng(0), set()
     for _ in range(20):
@@ -325,5 +376,9 @@ def test_who_may_call_holds_to_a_strict_schema(model):
         if style.listed:
             assert after == ({",", "]"} if parallel else {"]"})
             after = model.follow(constraint, "]")
-        # Whether there may be more, of text or calls.
-        assert after == {"</s>"} or (parallel and style.end and {"</s>", "x", "<"} <= after)
+        if not parallel or not style.end:
+            assert after == {"</s>"}
+        elif model.format.special:
+            assert after == {"</s>", "\n"}
+        else:
+            assert {"</s>", "x", "\n"} <= after

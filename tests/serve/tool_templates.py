@@ -143,11 +143,15 @@ SPECIAL = [
 ]
 
 
-def tokenizer(name):
-    """Bytes with the special tokens of all, and with tags that are ordinary tokens."""
+def tokenizer(name, *, swapped=False):
+    """Bytes with the special tokens of all, and with tags that are ordinary tokens.
+
+    Swapped: the tags are special, and what is usually special is no token.
+    """
     model = tokenizers.Tokenizer.from_str(Tokenizer.from_bytes().json)
-    model.add_special_tokens(SPECIAL)
-    model.add_tokens(["<tool_call>", "</tool_call>"])
+    tags = ["<tool_call>", "</tool_call>"]
+    model.add_special_tokens(tags + SPECIAL[:2] if swapped else SPECIAL)
+    model.add_tokens([] if swapped else tags)
     return Tokenizer(
         model, bos="<s>", eos="</s>", pad=None, begin=(), chat_template=TEMPLATES[name]
     )
