@@ -1,5 +1,8 @@
 """Text from tokens as they come."""
 
+import types
+from collections.abc import Mapping
+
 from jaxgen.data.tokenizer import Tokenizer
 
 
@@ -9,13 +12,22 @@ class TextStream:
     What `push` and `flush` return, put together, is what `decode` returns for all the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] = types.MappingProxyType({})):
+        """Starts before the text.
+
+        Args:
+            tokenizer: of the tokens.
+            shown: special tokens that appear by name, which otherwise none does.
+        """
         self._tokenizer = tokenizer
+        self._special = shown
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes, often empty or several characters."""
+        if token in self._special:
+            return self.flush() + self._special[token]
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         new = text[self._shown :]

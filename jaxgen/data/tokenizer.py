@@ -107,7 +107,7 @@ class Tokenizer:
     @staticmethod
     def from_bytes() -> "Tokenizer":
         """Returns the tokenizer whose ids 0 to 255 are the bytes of UTF-8."""
-        return _wrap(models.BPE(vocab=_byte_alphabet(), merges=[]), split=None)
+        return _wrap(models.BPE(vocab=byte_alphabet(), merges=[]), split=None)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -249,6 +249,10 @@ class Tokenizer:
         """
         return self._special.decode([int(token) for token in ids], skip_special_tokens=not special)
 
+    def names(self) -> list[str | None]:
+        """Returns what the vocabulary calls each id; None for one that it does not have."""
+        return [self._special.id_to_token(n) for n in range(self.vocab_size)]
+
     def _id(self, token: str) -> int:
         number = self._special.token_to_id(token)
         if number is None:
@@ -286,7 +290,7 @@ def _wrap(model: Any, split: str | None) -> Tokenizer:
     return Tokenizer(tokenizer, bos=BOS, eos=EOS, pad=None)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Returns byte-level BPE's character for each byte, with the byte as its id.
 
     Source: GPT-2's encoder: printable Latin-1 characters stand for themselves, the others take the

@@ -52,6 +52,11 @@ class Answer:
         """The tokens that it answers."""
         return self._request.prompt
 
+    @property
+    def prefix_tokens(self) -> int | None:
+        """Tokens of the prompt that the prefix cache had; None before it was looked at."""
+        return self._request.prefix_tokens
+
     def __iter__(self) -> Iterator[Piece]:
         """Waits for each piece. Raises what has ended the engine, if something has."""
         while (piece := self._pieces.get()) is not None:

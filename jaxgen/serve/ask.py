@@ -9,8 +9,11 @@ from jaxgen.data import chat
 from jaxgen.errors import UserError
 from jaxgen.serve import schema
 from jaxgen.serve.body import Refused, check, parse
+from jaxgen.serve.grammar import Constraint
+from jaxgen.serve.messages import plain
 from jaxgen.serve.request import SamplingConfig, check_prompt
 from jaxgen.serve.schema import Served
+from jaxgen.serve.structure import constraint_of, offered
 
 # OpenAI's, of /v1/completions.
 DEFAULT_MAX_TOKENS = 16
@@ -34,8 +37,18 @@ class Ask:
     stop_ids: list[int]
     ignore_eos: bool
     """Whether to go on after the tokenizer's end of text."""
+    constraints: list[Constraint | None]
+    """What holds each answer to a grammar."""
+    tools: Sequence[Mapping[str, Any]]
+    """What the model may call."""
+    shown: Mapping[int, str]
+    """Special tokens that the text of an answer has to show, by name."""
+    one_call: bool
+    """Whether an answer has at most one call of a tool."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
+    count: int
+    """Answers to each prompt."""
     stream: bool
     include_usage: bool
 
@@ -64,6 +77,8 @@ def ask_completion(served: Served, body: bytes) -> Ask:
         Refused: it cannot be done.
     """
     given = read(served, "/v1/completions", body)
+    if given.get("echo") and "logprobs" in given:
+        raise Refused("logprobs of an echo are not supported; leave one out", "logprobs")
     if "best_of" in given and given.get("n", 1) > 1:
         raise Refused("best_of=1 is less than n; leave it out", "best_of")
     prompt = given["prompt"]
@@ -88,28 +103,29 @@ def ask_chat(served: Served, body: bytes) -> Ask:
     limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
     if len(limits) > 1:
         raise Refused("max_tokens differs from max_completion_tokens; send one", "max_tokens")
-    tokens = encode_messages(served, given["messages"])
+    if given.get("top_logprobs") is not None and not given.get("logprobs"):
+        raise Refused("top_logprobs is for logprobs=true; leave it out", "top_logprobs")
+    given["logprobs"] = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    tokens = encode_messages(served, given)
     room = max(served.max_seq_len - len(tokens), 1)
     return _ask(served, given, ["messages"], [tokens], [""], min(limits, default=room))
 
 
-def encode_messages(served: Served, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Returns the ids from which the model answers a conversation.
+def encode_messages(served: Served, given: Mapping[str, Any]) -> list[int]:
+    """Returns the ids from which the model answers the conversation in a body.
 
     Raises:
         Refused: the model has no chat template, or the template refuses the conversation.
     """
-    plain = []
-    for message in messages:
-        text = message["content"]
-        if not isinstance(text, str):
-            text = "".join(part["text"] for part in text)
-        # The name that OpenAI's newer models have for it; templates know only the old one.
-        role = "system" if message["role"] == "developer" else message["role"]
-        named = {"name": message["name"]} if message.get("name") is not None else {}
-        plain.append({"role": role, "content": text, **named})
+    said, told = plain(given["messages"]), None
+    if given.get("tools") or any("tool_calls" in m or m["role"] == "tool" for m in said):
+        try:
+            choice = given.get("tool_choice", "auto")
+            said, told = served.tool_format.prompt(said, given.get("tools", ()), choice)
+        except UserError as error:
+            raise Refused(str(error), "tools" if given.get("tools") else "messages") from None
     try:
-        return chat.encode_prompt(served.tokenizer, plain)
+        return chat.encode_prompt(served.tokenizer, said, tools=told)
     except UserError as error:
         raise Refused(str(error), "messages") from None
 
@@ -122,7 +138,7 @@ def tokenize(served: Served, body: bytes) -> list[int]:
     """
     given = read(served, "/tokenize", body)
     if "messages" in given:
-        return encode_messages(served, given["messages"])
+        return encode_messages(served, given)
     if given.get("add_special_tokens", True):
         return served.tokenizer.encode_prompt(given["prompt"])
     return served.tokenizer.encode(given["prompt"], special=True)
@@ -165,17 +181,10 @@ def _ask(
             )
         except UserError as error:
             raise Refused(str(error), name) from None
-    d = served.defaults
-    sampling = dataclasses.replace(
-        d,
-        max_tokens=max_tokens,
-        temperature=float(given.get("temperature", d.temperature)),
-        top_k=max(given.get("top_k", d.top_k), 0),
-        top_p=float(given.get("top_p", d.top_p)),
-    )
+    tools = offered(given)
+    constraint, ignore_eos = constraint_of(served, given), given.get("ignore_eos", False)
+    sampling, stop = _sampling(served, given, max_tokens), given.get("stop", [])
     seed = given.get("seed", secrets.randbits(32))
-    ignore_eos = given.get("ignore_eos", False)
-    stop = given.get("stop", [])
     return Ask(
         prompts=[prompt for prompt in prompts for _ in range(count)],
         samplings=[
@@ -186,7 +195,42 @@ def _ask(
         stop=[stop] if isinstance(stop, str) else stop,
         stop_ids=[*given.get("stop_token_ids", ()), *(() if ignore_eos else served.stop_ids)],
         ignore_eos=ignore_eos,
+        constraints=[constraint and constraint.fresh() for _ in range(len(prompts) * count)],
+        tools=tools,
+        shown=served.tool_format.special if tools else {},
+        one_call=not given.get("parallel_tool_calls", True),
         prompt_tokens=sum(map(len, prompts)),
+        count=count,
         stream=stream,
         include_usage=given.get("stream_options", {}).get("include_usage") or False,
+    )
+
+
+def _sampling(served: Served, given: Mapping[str, Any], max_tokens: int) -> SamplingConfig:
+    d, least = served.defaults, given.get("min_tokens", 0)
+    if least > max_tokens:
+        raise Refused(f"min_tokens={least} is more than {max_tokens=}; lower it", "min_tokens")
+    bias = {int(token): float(value) for token, value in given.get("logit_bias", {}).items()}
+    if wrong := [token for token in bias if token >= served.vocab_size]:
+        raise Refused(
+            f"logit_bias has token {wrong[0]}: expected 0 to {served.vocab_size - 1}", "logit_bias"
+        )
+    if given.get("logprobs") is not None:
+        try:
+            served.spelling  # noqa: B018
+        except UserError as error:
+            raise Refused(str(error), "logprobs") from None
+    return dataclasses.replace(
+        d,
+        temperature=float(given.get("temperature", d.temperature)),
+        top_p=float(given.get("top_p", d.top_p)),
+        min_p=float(given.get("min_p", d.min_p)),
+        repetition_penalty=float(given.get("repetition_penalty", d.repetition_penalty)),
+        max_tokens=max_tokens,
+        top_k=max(given.get("top_k", d.top_k), 0),
+        presence_penalty=float(given.get("presence_penalty", 0)),
+        frequency_penalty=float(given.get("frequency_penalty", 0)),
+        logit_bias=tuple(sorted(bias.items())),
+        min_tokens=least,
+        logprobs=given.get("logprobs"),
     )

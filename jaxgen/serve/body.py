@@ -13,6 +13,10 @@ from jaxgen.errors import UserError
 
 Schema = dict[str, Any]
 
+ANYTHING: Schema = {}
+"""Any value, nested at most `MAX_DEPTH` deep."""
+MAX_DEPTH = 64
+
 _KINDS = {
     "null": "null",
     "boolean": "true or false",
@@ -53,6 +57,8 @@ def check(value: Any, schema: Schema, at: str = "") -> None:
     Raises:
         Refused: it is not what the schema says, or a text is not Unicode.
     """
+    if not schema:
+        return _check_anything(value, at)
     if "anyOf" in schema:
         return _check_any(value, schema["anyOf"], at)
     if "enum" in schema:
@@ -93,7 +99,23 @@ def array(items: Schema, least: int = 0, most: int | None = None) -> Schema:
     return {"type": "array", "items": items, **limits}
 
 
+def _check_anything(value: Any, at: str, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise Refused(f"{at} is nested deeper than {MAX_DEPTH}; send a flatter value", at)
+    match value:
+        case str():
+            _check_string(value, {}, at)
+        case list():
+            for item in value:
+                _check_anything(item, at, depth + 1)
+        case dict():
+            for name, item in value.items():
+                _check_string(name, {}, at)
+                _check_anything(item, at, depth + 1)
+
+
 def _check_any(value: Any, options: Sequence[Schema], at: str) -> None:
+    options = _of_its_kind(value, options, at)
     refusals = []
     for option in options:
         try:
@@ -110,6 +132,20 @@ def _check_any(value: Any, options: Sequence[Schema], at: str) -> None:
     if len(same_kind) == 1:
         raise same_kind[0]
     _refuse_kind(value, options, at)
+
+
+def _of_its_kind(value: Any, options: Sequence[Schema], at: str) -> Sequence[Schema]:
+    """Returns the options for what a value says it is, where all objects among them must say it."""
+    records = [option for option in options if option.get("type") == "object"]
+    if not isinstance(value, dict) or not records:
+        return options
+    said = set.intersection(*(set(record.get("required", ())) for record in records)) & set(value)
+    for name in said:
+        if all("enum" in record["properties"][name] for record in records):
+            known = [record["properties"][name]["enum"] for record in records]
+            check(value[name], {"enum": [one for each in known for one in each]}, f"{at}.{name}")
+            return [r for r, each in zip(records, known, strict=True) if value[name] in each]
+    return options
 
 
 def _progress(param: str) -> tuple[list[int], int]:
@@ -133,6 +169,8 @@ def _check_string(value: str, schema: Schema, at: str) -> None:
     if len(value) > schema.get("maxLength", math.inf):
         most = schema["maxLength"]
         raise Refused(f"{at} has {len(value)} characters; send at most {most}", at)
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        raise Refused(f"{at}={_short(value)}: expected {schema['description']}", at)
 
 
 def _check_array(value: list[Any], schema: Schema, at: str) -> None:
@@ -152,9 +190,15 @@ def _check_array(value: list[Any], schema: Schema, at: str) -> None:
 
 def _check_object(value: dict[str, Any], schema: Schema, at: str) -> None:
     known, rest = schema.get("properties", {}), schema["additionalProperties"]
+    names = schema.get("propertyNames")
     if len(value) > schema.get("maxProperties", math.inf):
         raise Refused(f"{at} has {len(value)} entries; send at most {schema['maxProperties']}", at)
+    if len(value) < schema.get("minProperties", 0):
+        raise Refused(f"{at} is empty; send {' or '.join(known)}", at)
     for name, item in value.items():
+        if names is not None and not re.fullmatch(names["pattern"], name):
+            what = names["description"]
+            raise Refused(f"{at} has an entry {json.dumps(name)[:60]}: expected {what}", at)
         if name not in known and rest is False:
             where = f"{at}.{_name(name)}".lstrip(".")
             raise Refused(f"{where} is not known here; leave it out", where)

@@ -3,7 +3,8 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -113,6 +114,7 @@ class Engine:
         priority: int = 0,
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        shown: Mapping[int, str] = types.MappingProxyType({}),
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -124,7 +126,8 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
-            constraint: what the answer may be; this request's own.
+            constraint: what the answer may be; this request alone may use it.
+            shown: special tokens that the answer's text has, by name; the others are left out.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -140,6 +143,7 @@ class Engine:
             priority,
             ignore_eos=ignore_eos,
             constraint=constraint,
+            shown=shown,
             deliver=deliver,
         )
 
@@ -240,19 +244,19 @@ class Engine:
         bounded=True,
         ignore_eos=False,
         constraint=None,
+        shown=types.MappingProxyType({}),
         deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
         stops = set(stop_ids)
         if tokenizer is not None:
             stops |= set() if ignore_eos else {tokenizer.eos_id}
-            stream = TextStream(tokenizer)
+            stream = TextStream(tokenizer, shown)
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
         core.check(name, prompt, sampling)
-        prompt = tuple(map(int, prompt))
-        request = Request(prompt, sampling, frozenset(stops), priority, constraint)
+        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority, constraint)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:

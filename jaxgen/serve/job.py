@@ -5,24 +5,17 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from jaxgen.serve.answer import Answer, Piece
 from jaxgen.serve.ask import Ask
+from jaxgen.serve.choice import Choice, Part, whole_calls
 from jaxgen.serve.engine import Engine
+from jaxgen.serve.logprobs import Placed, chat_logprobs, completion_logprobs
 from jaxgen.serve.prometheus import Metrics
-from jaxgen.serve.refusal import EngineFailed
-from jaxgen.serve.request import FinishReason
+from jaxgen.serve.refusal import EngineFailed, GrammarFailed
 from jaxgen.serve.schema import Served
-
-
-class Part(NamedTuple):
-    """Text of one answer, and why it ends if it does."""
-
-    index: int
-    text: str
-    reason: FinishReason | None
 
 
 class Job:
@@ -59,7 +52,15 @@ class Job:
         self._came: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self._open = set(range(len(ask.prompts)))
-        self._tokens = [0] * len(ask.prompts)
+        self._spelling = served.spelling if ask.samplings[0].logprobs is not None else None
+        self._choices = [
+            Choice(
+                spelling=self._spelling,
+                parser=served.tool_format.parser(ask.tools) if ask.tools else None,
+                one_call=ask.one_call,
+            )
+            for _ in ask.prompts
+        ]
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -77,10 +78,12 @@ class Job:
         """
         ask = self.ask
         try:
-            for at, (prompt, sampling) in enumerate(zip(ask.prompts, ask.samplings, strict=True)):
+            for at, prompt in enumerate(ask.prompts):
                 answer = self._engine.submit(
                     prompt,
-                    sampling,
+                    ask.samplings[at],
+                    constraint=ask.constraints[at],
+                    shown=ask.shown,
                     stop=ask.stop,
                     stop_ids=ask.stop_ids,
                     ignore_eos=ask.ignore_eos,
@@ -109,15 +112,19 @@ class Job:
         Raises:
             EngineFailed: there is none.
         """
-        texts, reasons = list(self.ask.echoes), [""] * len(self.ask.echoes)
-        async for part in self._parts():
-            texts[part.index] += part.text
-            reasons[part.index] = part.reason or ""
+        parts: list[list[Part]] = [[Part(echo)] for echo in self.ask.echoes]
+        async for at, part in self._parts():
+            parts[at].append(part)
         choices = []
-        for at, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+        for at, mine in enumerate(parts):
+            text, calls = "".join(part.text for part in mine), whole_calls(mine)
             message = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text or None, "tool_calls": calls}
             content = {"message": message} if self._chat else {"text": text}
-            choices.append({"index": at, **content, "logprobs": None, "finish_reason": reason})
+            logprobs = self._logprobs([token for part in mine for token in part.logprobs])
+            reason = mine[-1].reason
+            choices.append({"index": at, **content, "logprobs": logprobs, "finish_reason": reason})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
@@ -128,19 +135,22 @@ class Job:
         """
         usage = {"usage": None} if self.ask.include_usage else {}
         begun: set[int] = set()
-        async for part in self._parts():
-            at, text = part.index, part.text
+        async for at, part in self._parts():
+            text = part.text
             delta: dict[str, Any] = {"content": text} if text or at not in begun else {}
+            if part.calls:
+                delta["tool_calls"] = part.calls
             if at not in begun:
                 text, delta = self.ask.echoes[at] + text, {"role": "assistant", **delta}
                 begun.add(at)
             content = {"delta": delta} if self._chat else {"text": text}
-            choice = {"index": at, **content, "logprobs": None, "finish_reason": part.reason}
+            logprobs = self._logprobs(part.logprobs) if part.logprobs else None
+            choice = {"index": at, **content, "logprobs": logprobs, "finish_reason": part.reason}
             yield {**self._head, "choices": [choice], **usage}
         if self.ask.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
-    async def _parts(self) -> AsyncIterator[Part]:
+    async def _parts(self) -> AsyncIterator[tuple[int, Part]]:
         firsts: dict[int, float] = {}
         while self._open:
             at, piece = await self._came.get()
@@ -150,28 +160,39 @@ class Job:
             if piece is not None:
                 if piece.tokens:
                     firsts.setdefault(at, now)
-                self._tokens[at] += len(piece.tokens)
-                if piece.text:
-                    yield Part(at, piece.text, None)
+                part = self._choices[at].take(piece)
+                if any(part):
+                    yield at, part
                 continue
             reason = self._answers[at].finish_reason
             if reason in (None, "cancelled"):
                 raise EngineFailed("the engine was closed")
+            constraint = self.ask.constraints[at]
+            if constraint is not None and constraint.failed is not None:
+                raise GrammarFailed(f"the grammar asks for too much: {constraint.failed}")
             self._open.remove(at)
             self._metrics.ended(reason)
             if at in firsts:
-                self._metrics.timed(self._arrived, firsts[at], now, self._tokens[at])
-            yield Part(at, "", reason)
+                self._metrics.timed(self._arrived, firsts[at], now, self._choices[at].count)
+            yield at, self._choices[at].end(reason)
 
     def _deliver(self, at: int, piece: Piece | BaseException | None) -> None:
         # A loop that is closed has nobody left who waits.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._came.put_nowait, (at, piece))
 
-    def _usage(self) -> dict[str, int]:
-        prompt, made = self.ask.prompt_tokens, sum(self._tokens)
+    def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any] | None:
+        if self._spelling is None:
+            return None
+        return (chat_logprobs if self._chat else completion_logprobs)(self._spelling, tokens)
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, made = self.ask.prompt_tokens, sum(choice.count for choice in self._choices)
+        # Of each prompt, what was there before its first answer.
+        firsts = self._answers[:: self.ask.count]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,
             "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": sum(a.prefix_tokens or 0 for a in firsts)},
         }

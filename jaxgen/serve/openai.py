@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxgen.errors import UserError
-from jaxgen.serve import ask, prometheus, schema
+from jaxgen.serve import ask, openapi, prometheus
 from jaxgen.serve.ask import Ask, NoSuchModel
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.job import Job
@@ -99,6 +99,7 @@ class Api:
 
     def start(self, served: Served, engine: Engine) -> None:
         """Begins to take requests."""
+        served.prepare()
         self._served, self._engine = served, engine
 
     def close(self) -> None:
@@ -208,7 +209,7 @@ class Api:
         return HTMLResponse(self._html, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def _openapi(self, request: Request) -> Response:
-        return _json(schema.document(self.taking()[0], keys=bool(self._keys)))
+        return _json(openapi.document(self.taking()[0], keys=bool(self._keys)))
 
 
 class _Generate:

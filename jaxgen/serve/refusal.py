@@ -16,6 +16,10 @@ class EngineFailed(RuntimeError):
     """The engine cannot go on."""
 
 
+class GrammarFailed(EngineFailed):
+    """An answer could not be held to its grammar to the end."""
+
+
 class Unavailable(RuntimeError):
     """The server takes no requests now."""
 
@@ -71,6 +75,8 @@ def refusal(error: Exception) -> Refusal:
             return Refusal(error.status, text)
         case UserError():
             return Refusal(400, text)
+        case GrammarFailed():
+            return Refusal(500, text)
         case Unavailable() | EngineFailed():
             return Refusal(503, text, headers={"Retry-After": "5", "Connection": "close"})
     return Refusal(500, "the server has a bug; its log says more")

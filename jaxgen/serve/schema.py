@@ -1,19 +1,26 @@
-"""What may be asked over HTTP: the schema of each body, and the document that publishes them.
+"""What may be asked over HTTP: the schema of each body.
 
 The names are OpenAI's, and vLLM's where OpenAI has none. A parameter of theirs that would be
 without effect here is there with its neutral values alone, so that whoever sets it is told.
 """
 
+import contextlib
 import dataclasses
+import functools
 from typing import Any
 
-from jaxgen import __version__
+from jaxgen.data.spelling import Spelling
 from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
 from jaxgen.serve.body import Schema, array, optional, record
-from jaxgen.serve.request import SamplingConfig
+from jaxgen.serve.grammar import Grammars
+from jaxgen.serve.messages import NAME, OBJECT, messages, tools
+from jaxgen.serve.request import MAX_LOGPROBS, SamplingConfig
+from jaxgen.serve.tools import ToolFormat
 
 MAX_CHOICES = 128
-MAX_MESSAGES = 4096
+# OpenAI's.
+MAX_BIASES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,28 @@ class Served:
     max_requests: int
     """Answers that one body may ask for: as many as may wait at once."""
 
+    def prepare(self) -> None:
+        """Makes what the first request for it would wait for: a second, for 128k tokens."""
+        for name in ("spelling", "grammars", "tool_format"):
+            # Requests that need what this model cannot have are refused.
+            with contextlib.suppress(UserError):
+                getattr(self, name)
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """How single tokens are shown. Raises UserError if that is not known."""
+        return Spelling(self.tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What holds answers to a grammar. Raises UserError if the tokenizer is of another kind."""
+        return Grammars(self.tokenizer, self.vocab_size, {*self.stop_ids, self.tokenizer.eos_id})
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools. Raises UserError if it is of an unknown kind."""
+        return ToolFormat.of(self.tokenizer)
+
     @property
     def max_body_bytes(self) -> int:
         """No body needs more: a token id takes at most 12 characters in JSON, a word of text less
@@ -44,7 +73,7 @@ def _only(*neutral: Any) -> Schema:
     return {"enum": [None, *neutral], "description": "Not supported: neutral values only."}
 
 
-def _number(kind: str, description: str = "", **limits: int) -> Schema:
+def _number(kind: str, description: str = "", **limits: int | float) -> Schema:
     schema = {"type": [kind, "null"], **limits}
     return {**schema, "description": description} if description else schema
 
@@ -53,34 +82,25 @@ TEXT: Schema = {"type": "string"}
 _LABEL = {"type": ["string", "null"], "description": "A label; it changes nothing."}
 _FLAG = {"type": ["boolean", "null"]}
 
-_UNSUPPORTED = {
-    "frequency_penalty": _only(0),
-    "logit_bias": _only({}),
-    "min_p": _only(0),
-    "min_tokens": _only(0),
-    "presence_penalty": _only(0),
-    "repetition_penalty": _only(1),
-    "response_format": _only({"type": "text"}),
-}
-_UNSUPPORTED_IN_COMPLETIONS = {"best_of": _only(1), "logprobs": _only(), "suffix": _only("")}
+_UNSUPPORTED_IN_COMPLETIONS = {"best_of": _only(1), "suffix": _only("")}
 _UNSUPPORTED_IN_CHAT = {
     "audio": _only(),
     "function_call": _only("none"),
     "functions": _only([]),
-    "logprobs": _only(False),
     "modalities": _only(["text"]),
-    "parallel_tool_calls": _only(True, False),
     "prediction": _only(),
     "prompt_cache_retention": _only(),
     "reasoning_effort": _only(),
     "service_tier": _only("auto", "default"),
     "store": _only(False),
-    "tool_choice": _only("none", "auto"),
-    "tools": _only([]),
-    "top_logprobs": _only(0),
     "verbosity": _only(),
     "web_search_options": _only(),
 }
+
+
+def _likeliest() -> Schema:
+    text = "How many of the likeliest tokens are told, besides each token's own log-probability."
+    return _number("integer", text, minimum=0, maximum=MAX_LOGPROBS)
 
 
 def _sampling(served: Served) -> dict[str, Schema]:
@@ -108,10 +128,56 @@ def _sampling(served: Served) -> dict[str, Schema]:
         ),
         "stop": optional({"anyOf": [stop, array(stop, most=16)]}),
         "stop_token_ids": optional(array(token, most=64)),
+        "min_tokens": _number(
+            "integer", "Nothing ends an answer before.", minimum=0, maximum=2**31 - 1
+        ),
+        "min_p": _number("number", f"Default: {d.min_p}.", minimum=0, maximum=1),
+        "presence_penalty": _number("number", minimum=-2, maximum=2),
+        "frequency_penalty": _number("number", minimum=-2, maximum=2),
+        "repetition_penalty": _number(
+            "number", f"Default: {d.repetition_penalty}.", minimum=0.01, maximum=100
+        ),
+        "logit_bias": {
+            "type": ["object", "null"],
+            "propertyNames": {
+                "pattern": "^(0|[1-9][0-9]{0,8})$",
+                "description": f"a token id from 0 to {served.vocab_size - 1}",
+            },
+            "additionalProperties": _number("number", minimum=-100, maximum=100),
+            "maxProperties": MAX_BIASES,
+        },
+        "response_format": _response_format(),
+        "structured_outputs": _structured_outputs(),
         "ignore_eos": {**_FLAG, "description": "Whether to go on after the model's own end."},
         "user": _LABEL,
         "metadata": optional({"type": "object", "additionalProperties": TEXT, "maxProperties": 16}),
     }
+
+
+def _response_format() -> Schema:
+    """OpenAI's: a text, or JSON of any kind or of one."""
+    of_schema = {
+        "name": NAME,
+        "schema": OBJECT,
+        "strict": {**_FLAG, "description": "An answer follows the schema in any case."},
+        "description": {"type": ["string", "null"]},
+    }
+    json_schema = {"type": {"enum": ["json_schema"]}}
+    json_schema["json_schema"] = record(of_schema, ["name", "schema"])
+    simple = record({"type": {"enum": ["text", "json_object"]}}, ["type"])
+    return optional({"anyOf": [simple, record(json_schema, ["type", "json_schema"])]})
+
+
+def _structured_outputs() -> Schema:
+    """vLLM's: exactly one of these."""
+    kinds = {
+        "json": OBJECT,
+        "json_object": {"enum": [True]},
+        "regex": {**TEXT, "minLength": 1},
+        "choice": array({**TEXT, "minLength": 1}, 1, 1024),
+        "grammar": {**TEXT, "minLength": 1},
+    }
+    return {**optional(record(kinds)), "minProperties": 1, "maxProperties": 1}
 
 
 def completion(served: Served) -> Schema:
@@ -122,35 +188,28 @@ def completion(served: Served) -> Schema:
         "anyOf": [text, array(text, 1), array(token, 1), array(array(token, 1), 1)],
         "description": "A text, token ids, or a list of one of them.",
     }
-    own = {"prompt": prompt, "echo": _FLAG, **_UNSUPPORTED_IN_COMPLETIONS}
-    return record({**_sampling(served), **own, **_UNSUPPORTED}, ["prompt"])
-
-
-def _messages() -> Schema:
-    part = record({"type": {"enum": ["text"]}, "text": TEXT}, ["type", "text"])
-    content = {"anyOf": [TEXT, array(part, 1)]}
-    # What the client libraries send back of an answer.
-    answered = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls"), _only())
-    answered |= {"annotations": _only([]), "name": {"type": ["string", "null"]}}
-    role = {"enum": ["system", "developer", "user", "assistant"]}
-    return array(
-        record({"role": role, "content": content, **answered}, ["role", "content"]),
-        1,
-        MAX_MESSAGES,
-    )
+    own = {"prompt": prompt, "echo": _FLAG, "logprobs": _likeliest()}
+    return record({**_sampling(served), **own, **_UNSUPPORTED_IN_COMPLETIONS}, ["prompt"])
 
 
 def chat(served: Served) -> Schema:
     """Returns the schema of a body to /v1/chat/completions."""
+    by_name = record(
+        {"type": {"enum": ["function"]}, "function": record({"name": NAME}, ["name"])},
+        ["type", "function"],
+    )
     own = {
-        "messages": _messages(),
+        "messages": messages(),
+        "tools": tools(),
+        "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, by_name]},
+        "parallel_tool_calls": {**_FLAG, "description": "false: at most one call."},
+        "logprobs": _FLAG,
+        "top_logprobs": _likeliest(),
         "max_completion_tokens": _number("integer", minimum=1, maximum=2**31 - 1),
         "prompt_cache_key": _LABEL,
         "safety_identifier": _LABEL,
     }
-    return record(
-        {**_sampling(served), **own, **_UNSUPPORTED_IN_CHAT, **_UNSUPPORTED}, ["messages"]
-    )
+    return record({**_sampling(served), **own, **_UNSUPPORTED_IN_CHAT}, ["messages"])
 
 
 def tokenize(served: Served) -> Schema:
@@ -160,7 +219,7 @@ def tokenize(served: Served) -> Schema:
     return {
         "anyOf": [
             record({**model, "prompt": TEXT, "add_special_tokens": special}, ["prompt"]),
-            record({**model, "messages": _messages()}, ["messages"]),
+            record({**model, "messages": messages(), "tools": tools()}, ["messages"]),
         ]
     }
 
@@ -178,124 +237,3 @@ BODIES = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
-
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_FINISH = {"enum": ["stop", "length"]}
-_USAGE = record(
-    dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _COUNT),
-    ["prompt_tokens", "completion_tokens", "total_tokens"],
-)
-_MODEL = record(
-    {
-        "id": TEXT,
-        "object": {"enum": ["model"]},
-        "created": _COUNT,
-        "owned_by": TEXT,
-        "max_model_len": _COUNT,
-    },
-    ["id", "object", "created", "owned_by"],
-)
-
-
-def _answer(kind: str, content: dict[str, Schema]) -> Schema:
-    none = {"type": "null"}
-    choice = {"index": _COUNT, "finish_reason": _FINISH, "logprobs": none, **content}
-    body = {
-        "id": TEXT,
-        "object": {"enum": [kind]},
-        "created": _COUNT,
-        "model": TEXT,
-        "choices": array(record(choice, list(choice)), 1),
-        "usage": _USAGE,
-    }
-    return record(body, list(body))
-
-
-_MESSAGE = record(
-    {"role": {"enum": ["assistant"]}, "content": TEXT, "refusal": {"type": "null"}},
-    ["role", "content"],
-)
-_ANSWERS: dict[str, Schema] = {
-    "/v1/completions": _answer("text_completion", {"text": TEXT}),
-    "/v1/chat/completions": _answer("chat.completion", {"message": _MESSAGE}),
-    "/tokenize": record(
-        {"tokens": array(_COUNT), "count": _COUNT, "max_model_len": _COUNT},
-        ["tokens", "count", "max_model_len"],
-    ),
-    "/detokenize": record({"prompt": TEXT}, ["prompt"]),
-    "/v1/models": record({"object": {"enum": ["list"]}, "data": array(_MODEL)}, ["object", "data"]),
-    "/v1/models/{model}": _MODEL,
-}
-_ERROR = record(
-    {
-        "error": record(
-            {
-                "message": TEXT,
-                "type": TEXT,
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            ["message", "type", "param", "code"],
-        )
-    },
-    ["error"],
-)
-_REFUSALS = {
-    "400": "The body says something that cannot be done.",
-    "401": "No API key, or a wrong one.",
-    "404": "Another model than the one that is served.",
-    "413": "The body is larger than any prompt can be.",
-    "415": "The body is not JSON.",
-    "429": "Too much waits already; Retry-After says when to try again.",
-    "503": "The server is starting, stopping or stuck.",
-}
-_PROBES = {
-    "/health": "Whether the engine moves.",
-    "/ready": "Whether requests are taken.",
-    "/metrics": "Counts and times, as Prometheus reads them.",
-}
-
-
-def document(served: Served, *, keys: bool) -> dict[str, Any]:
-    """Returns the OpenAPI description of a server, which may ask for API keys."""
-
-    def said(schema: Schema, kind: str = "application/json") -> dict[str, Any]:
-        return {kind: {"schema": schema}}
-
-    def refusals(*codes: str) -> dict[str, Any]:
-        return {c: {"description": _REFUSALS[c], "content": said(_ERROR)} for c in codes}
-
-    paths: dict[str, Any] = {}
-    for path, make in BODIES.items():
-        content = said(_ANSWERS[path])
-        if path.startswith("/v1/"):
-            content |= said(TEXT, "text/event-stream")
-        paths[path] = {
-            "post": {
-                "operationId": path.strip("/").replace("/", "_"),
-                "requestBody": {"required": True, "content": said(make(served))},
-                "responses": {"200": {"description": "Done.", "content": content}}
-                | refusals(*_REFUSALS),
-            }
-        }
-    for path in ("/v1/models", "/v1/models/{model}"):
-        done = {"200": {"description": "Found.", "content": said(_ANSWERS[path])}}
-        named = path.endswith("{model}")
-        paths[path] = {
-            "get": {
-                "operationId": "model" if named else "models",
-                "responses": done | refusals("401", *(["404"] if named else [])),
-            }
-        }
-        if named:
-            param = {"name": "model", "in": "path", "required": True, "schema": TEXT}
-            paths[path]["get"]["parameters"] = [param]
-    for path, description in _PROBES.items():
-        done = {"200": {"description": description, "content": said(TEXT, "text/plain")}}
-        unfit = {} if path == "/metrics" else refusals("503")
-        paths[path] = {"get": {"operationId": path[1:], "security": [], "responses": done | unfit}}
-    said_first = {"openapi": "3.1.0", "info": {"title": "jaxgen", "version": __version__}}
-    if not keys:
-        return {**said_first, "paths": paths}
-    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-    return {**said_first, "paths": paths, "components": schemes, "security": [{"key": []}]}

@@ -88,6 +88,13 @@ def test_a_stream_shows_what_decode_shows(tokenizer):
     assert "".join(stream.push(token) for token in ids) + stream.flush() == tokenizer.decode(ids)
 
 
+def test_a_stream_shows_special_tokens_that_it_is_told_to():
+    tokenizer = Tokenizer.from_bytes()
+    stream = TextStream(tokenizer, {tokenizer.eos_id: EOS})
+    ids = [0xC3, tokenizer.eos_id, tokenizer.bos_id, *"漢 字".encode()]
+    assert "".join(stream.push(token) for token in ids) + stream.flush() == f"\ufffd{EOS}漢 字"
+
+
 def test_no_half_character_is_shown():
     stream = TextStream(Tokenizer.from_bytes())
     assert [stream.push(byte) for byte in "é😀".encode()] == ["", "é", "", "", "", "😀"]

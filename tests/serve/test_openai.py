@@ -14,6 +14,7 @@ from echo_engine import served
 from prometheus_client.parser import text_string_to_metric_families
 from serving import running, wait_for
 
+from jaxgen.serve.grammar import Constraint
 from jaxgen.serve.job import Job
 from jaxgen.serve.prometheus import CONTENT_TYPE
 from jaxgen.serve.request import SamplingConfig
@@ -42,6 +43,7 @@ def test_openais_client_completes(client):
         "prompt_tokens": 11,
         "completion_tokens": 11,
         "total_tokens": 22,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     cut = client.completions.create(prompt="hello world", max_tokens=5, **GREEDY)
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("hello", "length")
@@ -191,8 +193,13 @@ FINE = {
     "metadata": [{}],
     "user": ["", "x"],
     "logit_bias": [{}],
+    "min_p": [0.5],
+    "presence_penalty": [-1, 0.5],
+    "frequency_penalty": [-1, 0.5],
+    "repetition_penalty": [0.5],
     "parallel_tool_calls": [True],
     "tools": [[]],
+    "logprobs": [True],
     "functions": [[]],
     "prompt_cache_key": ["", "x"],
     "safety_identifier": ["", "x"],
@@ -253,8 +260,16 @@ def test_a_thousand_malformed_bodies_are_refused_by_name(server):
         ({"prompt": [97, -1]}, 400, "prompt[1]=-1"),
         ({"prompt": [97, "x"]}, 400, "prompt[1]"),
         ({"prompt": ""}, 400, "prompt is empty; send a text"),
-        ({"prompt": "x", "logprobs": 3}, 400, "logprobs=3 is not supported; leave it out"),
-        ({"prompt": "x", "min_p": 0.1}, 400, "min_p=0.1 is not supported; leave it out or use 0"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs=21: expected an integer from 0 to 20"),
+        ({"prompt": "x", "logprobs": 1, "echo": True}, 400, "logprobs of an echo are not"),
+        ({"prompt": "x", "min_p": 1.1}, 400, "min_p=1.1: expected a number from 0 to 1"),
+        ({"prompt": "x", "min_tokens": 17}, 400, "min_tokens=17 is more than max_tokens=16"),
+        ({"prompt": "x", "logit_bias": {"x": 1}}, 400, 'logit_bias has an entry "x": expected a'),
+        ({"prompt": "x", "logit_bias": {"258": 1}}, 400, "logit_bias has token 258: expected 0"),
+        ({"prompt": "x", "logit_bias": {"2": 101}}, 400, "a number from -100 to 100"),
+        ({"prompt": "x", "suffix": "y"}, 400, 'suffix="y" is not supported; leave it out'),
+        ({"prompt": "x", "guided_regex": "y"}, 400, "guided_regex is not known here"),
+        ({"prompt": "x", "structured_outputs": {}}, 400, "structured_outputs is empty; send json"),
         ({"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of=1 is less than n"),
         ({"prompt": ["x"] * 11, "n": 3}, 400, "more than the 32 answers that may wait"),
         ({"prompt": "x", "stream_options": {}}, 400, "stream_options is for stream=true"),
@@ -267,6 +282,63 @@ def test_refusals_say_what_and_how_much(server, body, status, words):
     assert words in answer.json()["error"]["message"]
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+IN_JSON = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+
+
+def nested(depth):
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+def in_json(schema):
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "words"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs is for logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", '"xml": expected "text" or'),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        ({"response_format": in_json({"type": "x"})}, "response_format", "the JSON schema"),
+        ({"response_format": in_json({"not": {}})}, "response_format", "'not' at #"),
+        ({"response_format": in_json({"a": "\ud800"})}, None, "surrogate"),
+        ({"response_format": in_json(nested(80))}, None, "nested deeper than 64"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "2 entries"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regular expression"),
+        ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar", "the grammar"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]", "is empty"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": IN_JSON},
+            "structured_outputs.regex",
+            "response_format and structured_outputs.regex cannot both be had",
+        ),
+        ({"tools": [TOOL], "response_format": IN_JSON}, "tools", "cannot both be had"),
+        ({"response_format": IN_JSON, "ignore_eos": True}, "ignore_eos", "leave one out"),
+        ({"response_format": IN_JSON, "min_tokens": 1}, "min_tokens", "leave one out"),
+        ({"tools": [TOOL, TOOL]}, "tools", "second one named 'look'"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search": expected "function"'),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, None, "letters, digits"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tools",
+            "tool_choice names 'x'",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(server, more, param, words):
+    answer = server.post("/v1/chat/completions", CHAT | more)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert param is None or error["param"] == param
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -274,7 +346,13 @@ def test_refusals_say_what_and_how_much(server, body, status, words):
         ({"role": "user"}, "messages[0].content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, 'type="image_url"'),
         ({"role": "user", "content": "\ud800"}, "surrogate"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "tool_calls=[...] is not"),
+        ({"role": "assistant"}, "messages[0].tool_calls is missing"),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{}]},
+            "tool_calls[0].type is missing",
+        ),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "tool_call_id is not known here"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id is missing"),
     ],
 )
 def test_messages_are_refused_by_place(server, message, words):
@@ -437,6 +515,27 @@ def test_health_is_the_engines(monkeypatch):
             assert status("/ready") == 503
         answer.cancel()
         wait_for(lambda: status("/health") == 200)
+
+
+def test_an_answer_that_loses_its_grammar_fails():
+    with running() as server:
+        mask = Constraint.mask
+
+        def lose(self):
+            if len(masks) > 5:
+                self.failed = "out of fuel"
+            masks.append(mask(self))
+            return masks[-1]
+
+        for stream in (False, True):
+            masks = []
+            body = CHAT | {"response_format": {"type": "json_object"}, "n": 2, "stream": stream}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Constraint, "mask", lose)
+                answer = server.post("/v1/chat/completions", body)
+            assert answer.status_code == (200 if stream else 500)
+            assert "the grammar asks for too much: out of fuel" in answer.text
+        wait_for(lambda: server.engine.idle)
 
 
 def test_an_engine_that_fails_fails_its_requests():

@@ -34,6 +34,20 @@ SENSE = (
     "best_of=1 is less than n",
     "max_tokens differs from max_completion_tokens",
     "answers that may wait here",
+    "is more than max_tokens=",
+    "logprobs of an echo are not supported",
+    "top_logprobs is for logprobs=true",
+    "logit_bias has token",
+    "cannot both be had",
+    "leave one out",
+    # Grammars, schemas and tools.
+    "response_format: ",
+    "structured_outputs.",
+    "tool_choice names",
+    "needs tools",
+    "the second one named",
+    "the parameters of ",
+    "arguments that are no object in JSON",
 )
 
 

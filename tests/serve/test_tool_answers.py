@@ -1,0 +1,152 @@
+"""Calls of tools over HTTP: whole and streaming, forced and not, and their results in messages."""
+
+import json
+
+import openai
+import pytest
+from serving import running
+
+GREEDY = {"model": "echo", "temperature": 0}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def tool(name):
+    return {"type": "function", "function": {"name": name, "parameters": PARAMETERS}}
+
+
+TOOLS = [tool("weather"), tool("time")]
+# The engine repeats it.
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+CALLS = f"{CALL}\n{CALL.replace('weather', 'time')}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def ask(client, content, **more):
+    messages = [{"role": "user", "content": content}]
+    asked = {"messages": messages, "tools": TOOLS, **GREEDY, **more}
+    return client.chat.completions.create(**asked)
+
+
+def streamed(client, content, **more):
+    """The same as one choice, put together from its chunks."""
+    chunks = [chunk.choices[0] for chunk in ask(client, content, stream=True, **more)]
+    text, calls = "", []
+    for chunk in chunks:
+        text += chunk.delta.content or ""
+        for call in chunk.delta.tool_calls or []:
+            if call.id:
+                assert (call.type, call.index) == ("function", len(calls))
+                calls.append([call.function.name, call.function.arguments])
+            else:
+                assert call.function.name is None
+                calls[call.index][1] += call.function.arguments
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    return text, calls, chunks[-1].finish_reason, chunks
+
+
+def test_calls_are_read_out_of_an_answer(client):
+    choice = ask(client, f"Well.\n{CALLS}").choices[0]
+    assert choice.finish_reason == "tool_calls"
+    calls = choice.message.tool_calls
+    assert [call.function.name for call in calls] == ["weather", "time"]
+    assert [json.loads(call.function.arguments) for call in calls] == [{"city": "Rome"}] * 2
+    assert len({call.id for call in calls}) == 2
+    assert "Well." in choice.message.content
+    assert CALL not in choice.message.content
+    text, pairs, reason, chunks = streamed(client, f"Well.\n{CALLS}")
+    assert (text, reason) == (choice.message.content, "tool_calls")
+    assert pairs == [[call.function.name, call.function.arguments] for call in calls]
+    # They come as they are made, not at the end.
+    assert sum(bool(chunk.delta.tool_calls) for chunk in chunks) > 4
+
+
+def test_of_parallel_calls_one_can_be_had(client):
+    choice = ask(client, CALLS, parallel_tool_calls=False).choices[0]
+    assert [call.function.name for call in choice.message.tool_calls] == ["weather"]
+    _, calls, reason, _ = streamed(client, CALLS, parallel_tool_calls=False)
+    assert ([name for name, _ in calls], reason) == (["weather"], "tool_calls")
+
+
+def test_no_tools_no_calls(client):
+    for more in ({"tool_choice": "none"}, {"tools": []}, {"tools": [tool("other")]}):
+        choice = ask(client, CALL, **more).choices[0]
+        assert choice.finish_reason == "stop"
+        assert choice.message.tool_calls is None
+        assert CALL in choice.message.content
+    # The prompt tells of them unless none can be called.
+    assert '"weather"' in ask(client, "x").choices[0].message.content
+    assert '"weather"' not in ask(client, "x", tool_choice="none").choices[0].message.content
+
+
+def test_a_call_that_is_cut_off_ends_for_its_length(client):
+    size = ask(client, "x").usage.prompt_tokens + len(
+        '<tool_call>\n{"name": "weather", "arguments": {'
+    )
+    content = CALL.ljust(len(CALL))
+    made = ask(client, content, max_tokens=size).choices[0]
+    assert made.finish_reason == "length"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "time"}}])
+def test_a_call_can_be_forced(client, choice):
+    """Whatever the model would say: here, to repeat the prompt."""
+    made = ask(client, "hi", tool_choice=choice, parallel_tool_calls=False).choices[0]
+    (call,) = made.message.tool_calls
+    assert call.function.name in (["weather", "time"] if choice == "required" else ["time"])
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    assert (made.message.content, made.finish_reason) == (None, "tool_calls")
+    text, calls, reason, _ = streamed(client, "hi", tool_choice=choice, parallel_tool_calls=False)
+    assert (text, reason) == ("", "tool_calls")
+    assert calls == [[call.function.name, call.function.arguments]]
+
+
+def test_what_was_called_and_what_came_of_it_are_told_to_the_model(client, server):
+    answered = ask(client, f"go {CALL}").choices[0].message
+    # As the client library sends it back.
+    back = answered.model_dump()
+    result = {"role": "tool", "tool_call_id": answered.tool_calls[0].id, "content": "12 degrees"}
+    user = {"role": "user", "content": "go"}
+    told = server.post("/tokenize", {"messages": [user, back, result], "tools": TOOLS}).json()
+    text = bytes(token for token in told["tokens"] if token < 256).decode()
+    assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text
+    assert "<tool_response>\n12 degrees\n</tool_response>" in text
+    assert "\nuser: <tool_response>" in text
+    made = client.chat.completions.create(messages=[user, back, result], tools=TOOLS, **GREEDY)
+    assert "12 degrees" in made.choices[0].message.content
+    # Without tools these messages read the same.
+    made = client.chat.completions.create(messages=[user, back, result], **GREEDY)
+    assert "12 degrees" in made.choices[0].message.content
+
+
+def test_arguments_that_are_no_object_are_refused(client):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "[1]"}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="arguments that are no object"):
+        client.chat.completions.create(messages=messages, **GREEDY)
+
+
+def test_tokens_of_calls_have_log_probabilities_too(client):
+    made = ask(client, f"go {CALL}", logprobs=True)
+    content = made.choices[0].logprobs.content
+    assert len(content) == made.usage.completion_tokens
+    spelled = b"".join(bytes(token.bytes) for token in content).decode()
+    assert CALL in spelled
+    *_, chunks = streamed(client, f"go {CALL}", logprobs=True)
+    told = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+    assert told == content
