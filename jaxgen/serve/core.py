@@ -1,13 +1,17 @@
 """The engine without a thread: requests go in, and every step brings some tokens."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.attention import mesh_device
+from jaxgen.peaks import peak
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.request import FinishReason, Request, check_prompt
+from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.weights import Dtype, for_serving
@@ -39,10 +43,13 @@ class EngineCore:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
+        pool, layers = self.pools[0], self.runner.state.layers
+        cost = StepCost.of(self.runner.model, layers, pool.num_blocks * pool.block_size)
+        self.meter = DecodeMeter(cost, self.runner.shards, peak(mesh_device()))
         self.tokens_generated = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
-        self._flying: deque[list[Delivery]] = deque()
+        self._flying: deque[tuple[list[Delivery], float | None]] = deque()
 
     def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
         """Checks that the model can go on from a prompt.
@@ -78,10 +85,15 @@ class EngineCore:
         with self.changed:
             plan = self.scheduler.plan()
             if plan:
-                self._flying.append(self.runner.dispatch(plan))
+                begun_s = None if plan.rounds else time.perf_counter()
+                self._flying.append((self.runner.dispatch(plan), begun_s))
         if len(self._flying) < (2 if plan else 1):
             return []
-        fetched = [(each, each.fetch()) for each in self._flying.popleft()]
+        deliveries, begun_s = self._flying.popleft()
+        fetched = []
+        for delivery in deliveries:
+            fetched.append((delivery, delivery.fetch()))
+            self.meter.add(fetched[-1][1], begun_s)
         came = []
         with self.changed:
             for delivery, rows in fetched:
