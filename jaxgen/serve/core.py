@@ -5,12 +5,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
 from jaxgen.peaks import peak
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
-from jaxgen.serve.request import FinishReason, Request, check_prompt
+from jaxgen.serve.request import (
+    FinishReason,
+    Request,
+    SamplingConfig,
+    check_prompt,
+    check_tokens,
+)
 from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
@@ -51,7 +58,7 @@ class EngineCore:
         """Held to look at or change the scheduler; told of what was submitted."""
         self._flying: deque[tuple[list[Delivery], float | None]] = deque()
 
-    def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+    def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         """Checks that the model can go on from a prompt.
 
         Raises:
@@ -59,7 +66,19 @@ class EngineCore:
         """
         config = self.runner.model.config
         sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-        check_prompt(name, prompt, max_tokens, **sizes)
+        check_prompt(name, prompt, sampling.max_tokens, **sizes)
+        if sampling.logit_bias:
+            biased = [token for token, _ in sampling.logit_bias]
+            check_tokens("logit_bias", biased, config.vocab_size)
+        if (
+            sampling.shapes
+            or sampling.min_p
+            or sampling.min_tokens
+            or sampling.logprobs is not None
+        ):
+            raise UserError(
+                "penalties, logit_bias, min_p, min_tokens and logprobs cannot be had yet"
+            )
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request, checked before, into the queue.

@@ -258,7 +258,7 @@ class Engine:
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        core.check(name, prompt, sampling.max_tokens)
+        core.check(name, prompt, sampling)
         request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:

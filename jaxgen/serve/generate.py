@@ -49,7 +49,7 @@ class Generator:
             raise ValueError(f"{len(prompts)} prompts and {len(samplings)} samplings")
         requests = []
         for i, (prompt, each) in enumerate(zip(prompts, samplings, strict=True)):
-            self.core.check(f"prompt {i}", prompt, each.max_tokens)
+            self.core.check(f"prompt {i}", prompt, each)
             requests.append(Request(tuple(map(int, prompt)), each, frozenset(stop_ids)))
         if requests:
             self.core.runner.compile_for(len(requests))
