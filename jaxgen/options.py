@@ -61,6 +61,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
     "--top-k": _sampling("K", "sample among the K likeliest tokens; 0 for all", 0),
     "--top-p": _sampling("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--min-p": _number("P", "leave out tokens less than P times as likely as the likeliest", 0.0),
+    "--presence-penalty": _number("X", "taken off the logits of what the answer has", 0.0),
+    "--frequency-penalty": _number("X", "the same, as often as the answer has it", 0.0),
+    "--repetition-penalty": _number("X", "divides the logits of what is there already", 1.0),
+    "--min-tokens": _number("N", "an answer does not end before it has so many", 0),
     "--data": {
         "metavar": "FILE.jsonl",
         "help": "at any location: questions with choices, or texts; one JSON object a line",

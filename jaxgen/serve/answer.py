@@ -1,12 +1,12 @@
 """An answer on its way from the engine's thread to whoever asked."""
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxgen.data.text_stream import TextStream
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import FinishReason, Request
+from jaxgen.serve.request import FinishReason, Request, TokenLogprobs
 from jaxgen.serve.stop import StopStrings
 
 
@@ -17,6 +17,8 @@ class Piece(NamedTuple):
     """Those of a stop string included; a stop id is not."""
     text: str
     """Without a stop string; a character appears once all its bytes are there."""
+    logprobs: Sequence[TokenLogprobs] = ()
+    """Of each of the tokens, if the sampling asks for them."""
 
 
 Deliver = Callable[[Piece | BaseException | None], None]
@@ -59,8 +61,11 @@ class Answer:
     def result(self) -> Piece:
         """Waits for the rest, and returns it in one piece."""
         pieces = list(self)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return Piece(tokens, "".join(piece.text for piece in pieces))
+        return Piece(
+            [token for piece in pieces for token in piece.tokens],
+            "".join(piece.text for piece in pieces),
+            [each for piece in pieces for each in piece.logprobs],
+        )
 
     def cancel(self) -> None:
         """Ends it; what has come so far stays."""

@@ -98,17 +98,16 @@ def bench_serve(
         ]
 
     async def run() -> tuple[list[Streamed], dict[str, float], dict[str, float]]:
-        first = await drive_closed(client, requests(warmup), load.concurrency)
-        _check_any(first)
-        measured = requests(asks)
-        before = _decoding(client)
-        with progress("asking", len(asks), in_bytes=False) as show:
-            if load.rate is None:
-                found = await drive_closed(client, measured, load.concurrency, show)
-            else:
-                found = await drive_open(client, measured, [ask.due_s for ask in asks], show)
-        client.close()
-        return found, before, _decoding(client)
+        async with client:
+            _check_any(await drive_closed(client, requests(warmup), load.concurrency))
+            measured = requests(asks)
+            before = _decoding(client)
+            with progress("asking", len(asks), in_bytes=False) as show:
+                if load.rate is None:
+                    found = await drive_closed(client, measured, load.concurrency, show)
+                else:
+                    found = await drive_open(client, measured, [ask.due_s for ask in asks], show)
+            return found, before, _decoding(client)
 
     found, before, after = asyncio.run(run())
     _check_any(found)
@@ -183,22 +182,22 @@ def copy_bytes_per_s() -> float:
 def _serving(location: str, options: Sequence[str]) -> Iterator[str]:
     """Yields the URL of a server that is ready; the process ends with the context."""
     command = [sys.executable, "-m", "jaxgen", "serve", location, "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready: "):
-                yield line.split()[-1]
-                break
-        else:
-            code = process.wait()
-            raise UserError(f"jaxgen serve {location} ended with code {code} and said why above")
-    finally:
-        process.terminate()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            process.wait(60)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("ready: "):
+                    yield line.split()[-1]
+                    break
+            else:
+                code = process.wait()
+                raise UserError(f"jaxgen serve {location} ended with {code} and said why above")
         finally:
-            process.kill()
+            process.terminate()
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
 
 
 def summarise(found: Sequence[Streamed], limits: Limits = NO_LIMITS) -> dict[str, Any]:

@@ -34,13 +34,12 @@ def measure_ceiling(concurrency: int, tokens: int) -> Ceiling:
             requests = [client.request(prompt=[0], max_tokens=tokens)] * number
 
             async def run() -> float:
-                await drive_closed(client, requests[:concurrency], concurrency)
-                begin_s = time.perf_counter()
-                found = await drive_closed(client, requests, concurrency)
-                assert not any(each.error for each in found)
-                took = time.perf_counter() - begin_s
-                client.close()
-                return took
+                async with client:
+                    await drive_closed(client, requests[:concurrency], concurrency)
+                    begin_s = time.perf_counter()
+                    found = await drive_closed(client, requests, concurrency)
+                    assert not any(each.error for each in found)
+                    return time.perf_counter() - begin_s
 
             took = asyncio.run(run())
         finally:

@@ -50,7 +50,7 @@ class Streamed:
 
 
 class Client:
-    """Asks one server, over connections that are kept; one event loop's."""
+    """Asks one server, over connections that are kept; use it as a context manager."""
 
     def __init__(self, url: str, key: str | None = None):
         """Connects to nothing yet.
@@ -113,10 +113,13 @@ class Client:
         streamed.end_s = streamed.end_s or time.perf_counter()
         return streamed
 
-    def close(self) -> None:
-        """Closes the connections that are kept."""
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_) -> None:
         while self._idle:
             self._idle.pop().close()
+        await asyncio.sleep(0)  # In which transports close.
 
 
 async def drive_closed(
