@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jaxgen import fields
 from jaxgen.data import sources
@@ -166,7 +166,7 @@ def _submit(engine: Engine, line: Line, stop_ids: Sequence[int], *, wait: bool) 
         _refuse(line.where, error)
 
 
-def _write(file: IO[bytes], line: Line, answer: Answer) -> None:
+def _write(file: Any, line: Line, answer: Answer) -> None:
     piece = answer.result()
     record: dict[str, Any] = {
         "text": piece.text,
