@@ -127,6 +127,8 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         temperature=1.0 if said.temperature is None else said.temperature,
         top_k=said.top_k or 0,
         top_p=1.0 if said.top_p is None else said.top_p,
+        min_p=said.min_p or 0.0,
+        repetition_penalty=said.repetition_penalty or 1.0,
     )
     mesh = make_mesh(config.mesh)
 
@@ -286,8 +288,8 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
 
 
 SAMPLING = (
-    *("--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--presence-penalty"),
-    *("--frequency-penalty", "--repetition-penalty", "--min-tokens", "--seed"),
+    *("--max-tokens", "--min-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+    *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
 )
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),

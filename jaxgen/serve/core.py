@@ -1,9 +1,10 @@
 """The engine without a thread: requests go in, and every step brings some tokens."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
@@ -56,7 +57,7 @@ class EngineCore:
         self.tokens_generated = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
-        self._flying: deque[tuple[list[Delivery], float | None]] = deque()
+        self._flying: deque[list[Delivery]] = deque()
 
     def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         """Checks that the model can go on from a prompt.
@@ -70,23 +71,22 @@ class EngineCore:
         if sampling.logit_bias:
             biased = [token for token, _ in sampling.logit_bias]
             check_tokens("logit_bias", biased, config.vocab_size)
-        if (
-            sampling.shapes
-            or sampling.min_p
-            or sampling.min_tokens
-            or sampling.logprobs is not None
-        ):
-            raise UserError(
-                "penalties, logit_bias, min_p, min_tokens and logprobs cannot be had yet"
-            )
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request, checked before, into the queue.
 
         Raises:
             QueueFull: too many wait already, and the request is `bounded` by that.
-            UserError: it would not fit into the cache even alone.
+            UserError: it would not fit into the cache even alone, or its constraint is not of this
+                vocabulary or lets nothing in.
         """
+        if request.constraint is not None:
+            vocab_size, mask = self.runner.model.config.vocab_size, request.constraint.mask()
+            if mask.dtype != np.uint32 or mask.shape != (-(-vocab_size // 32),):
+                raise UserError(
+                    f"the constraint's mask is {mask.dtype}{list(mask.shape)} and model.vocab_size="
+                    f"{vocab_size}; use uint32[{-(-vocab_size // 32)}], a bit for each token"
+                )
         with self.changed:
             self.scheduler.submit(request, bounded=bounded)
             self.changed.notify_all()
@@ -99,25 +99,28 @@ class EngineCore:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Gives the device its next work, and returns what came of the work before that.
 
-        So the device has always something to do while the host looks at tokens.
+        So the device has always something to do while the host looks at tokens. Those of rows with
+        a constraint are waited for at once: the next plan needs them.
         """
+        due: list[Delivery] = []
         with self.changed:
             plan = self.scheduler.plan()
             if plan:
-                begun_s = None if plan.rounds else time.perf_counter()
-                self._flying.append((self.runner.dispatch(plan), begun_s))
-        if len(self._flying) < (2 if plan else 1):
-            return []
-        deliveries, begun_s = self._flying.popleft()
+                deliveries = self.runner.dispatch(plan)
+                due = [each for each in deliveries if each.constrained]
+                self._flying.append([each for each in deliveries if not each.constrained])
+        if len(self._flying) >= (2 if plan else 1):
+            due = self._flying.popleft() + due
         fetched = []
-        for delivery in deliveries:
-            fetched.append((delivery, delivery.fetch()))
-            self.meter.add(fetched[-1][1], begun_s)
+        for delivery in due:
+            rows = delivery.fetch()
+            self.meter.add(rows, delivery.begun_s)
+            fetched.append((delivery, rows))
         came = []
         with self.changed:
             for delivery, rows in fetched:
-                for row, tokens in rows:
-                    taken = self.scheduler.deliver(row, tokens, asked=delivery.asked)
+                for row, tokens, logprobs in rows:
+                    taken = self.scheduler.deliver(row, tokens, logprobs, asked=delivery.asked)
                     self.tokens_generated += len(taken)
                     came.append((row.request, taken))
         return came

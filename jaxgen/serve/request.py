@@ -129,6 +129,8 @@ class Request:
     """Lower numbers go first, and are the last to make room for others."""
     constraint: Constraint | None = None
     """What the answer may be; None for anything."""
+    mask: np.ndarray | None = None
+    """What the constraint lets in next; None without one."""
     output: list[int] = dataclasses.field(default_factory=list)
     """Tokens of the answer so far."""
     output_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
@@ -155,7 +157,30 @@ class Request:
         """What requests are served in order of."""
         return self.priority, self.arrival
 
-    def append(self, tokens: Sequence[int]) -> list[int]:
+    @property
+    def masked_until(self) -> int:
+        """Only what a mask lets in can be drawn at positions before this."""
+        if self.constraint is not None:
+            return self.limit
+        return len(self.prompt) + self.sampling.min_tokens if self.stop_ids else 0
+
+    def lengthened(self, mask: np.ndarray) -> np.ndarray:
+        """Returns a mask without stop ids before `min_tokens`, unless it has nothing else."""
+        if len(self.output) >= self.sampling.min_tokens:
+            return mask
+        longer = mask.copy()
+        for token in self.stop_ids:
+            if 0 <= token < 32 * longer.size:
+                longer[token // 32] &= ~np.uint32(1 << token % 32)
+        return longer if longer.any() else mask
+
+    def look_ahead(self) -> bool:
+        """Asks the constraint for the mask of the next token; returns whether there can be one."""
+        if self.constraint is not None:
+            self.mask = self.lengthened(self.constraint.mask())
+        return self.mask is None or bool(self.mask.any())
+
+    def append(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> list[int]:
         """Takes tokens up to the end of the answer, and returns those that belong to it."""
         taken: list[int] = []
         for token in tokens:
@@ -166,8 +191,13 @@ class Request:
                 break
             taken.append(token)
             self.output.append(token)
+            if self.constraint is not None:
+                self.constraint.accept(token)
             if self.length == self.limit:
                 self.finish_reason = "length"
+            elif not self.look_ahead():
+                self.finish_reason = "stop"
+        self.output_logprobs += logprobs[: len(taken)]
         return taken
 
 

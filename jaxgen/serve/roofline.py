@@ -18,6 +18,7 @@ import jax
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.peaks import Peak
+from jaxgen.serve.request import TokenLogprobs
 from jaxgen.serve.scheduler import Row
 
 # Bursts that count as recent.
@@ -129,6 +130,7 @@ class DecodeMeter:
     prompts were read beside are left out, for nothing tells the two apart.
 
     Attributes:
+        fraction: the share of the decode roofline of recent bursts; None where it is unknown.
         bytes: that the bursts so far had to read, on the busiest device.
         seconds: that they took.
         roofline_s: that they would have taken at the peak; None where that is unknown.
@@ -141,28 +143,23 @@ class DecodeMeter:
         self._last_s = 0.0
         self.bytes = self.seconds = 0.0
         self.roofline_s = None if peak is None else 0.0
+        self.fraction: float | None = None
 
-    @property
-    def fraction(self) -> float | None:
-        """The share of the decode roofline of recent bursts; None where it is unknown."""
-        recent = list(self._recent)
-        took = sum(seconds for _, seconds in recent)
-        return sum(least for least, _ in recent) / took if took else None
-
-    def add(self, rows: Sequence[tuple[Row, list[int]]], begun_s: float | None) -> None:
+    def add(
+        self, rows: Sequence[tuple[Row, list[int], list[TokenLogprobs]]], begun_s: float | None
+    ) -> None:
         """Takes what a program has just delivered, before its rows do.
 
         Args:
-            rows: and their tokens, of which each took a step.
-            begun_s: when the program was dispatched, by `time.perf_counter`; None if it is none
-                that counts.
+            rows: as `Delivery.fetch` returns them; each token took a step.
+            begun_s: as the delivery says.
         """
         now = time.perf_counter()
         since, self._last_s = self._last_s, now
-        if begun_s is None or not any(tokens for _, tokens in rows):
+        if begun_s is None or not any(tokens for _, tokens, _ in rows):
             return
         shards: list[list[tuple[int, int]]] = [[] for _ in range(self._shards)]
-        for row, tokens in rows:
+        for row, tokens, _ in rows:
             shards[row.shard].append((row.request.length, len(tokens)))
         work, seconds = self._cost.work(shards), now - max(since, begun_s)
         self.bytes += work.bytes
@@ -171,6 +168,8 @@ class DecodeMeter:
             least = work.seconds(self._peak)
             self.roofline_s += least
             self._recent.append((least, seconds))
+            leasts, took = zip(*self._recent, strict=True)
+            self.fraction = sum(leasts) / sum(took)
 
 
 def _held(leaf: jax.Array, mesh: jax.sharding.Mesh) -> int:

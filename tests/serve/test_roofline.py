@@ -89,7 +89,7 @@ def test_a_meter_counts_from_when_the_device_was_free(monkeypatch):
         nonlocal now
         now = at
         row = Row(Request((1, 2, 3)), 0, 0, [], Chain(8, b""), [1, 2, 3], read=3)
-        meter.add([(row, [1] * tokens)], begun)
+        meter.add([(row, [1] * tokens, [])], begun)
 
     deliver(10, 6.0, 2)  # Given at 6, to a device that was idle: 4 s for what takes 2.
     assert (meter.bytes, meter.seconds, meter.roofline_s, meter.fraction) == (2000, 4, 2, 0.5)
