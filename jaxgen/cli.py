@@ -1,6 +1,6 @@
 """The `jaxgen` command: a config file, dotted overrides, help, and errors without tracebacks.
 
-What the subcommands are, and do, is in commands.py; here is how they are asked.
+What the subcommands do is in commands.py; here is how they are asked.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jaxgen import __version__, fields
-from jaxgen.commands import COMMANDS, Command, load
+from jaxgen.command import Command, load
+from jaxgen.commands import COMMANDS
 from jaxgen.errors import UserError
 from jaxgen.options import FILE, OPTIONS
 

@@ -8,69 +8,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxgen import fields
+from jaxgen.command import Command
 from jaxgen.errors import UserError
 from jaxgen.options import CONFIG, DIR, FILE, MODEL, OPTIONS
-
-
-class Command(NamedTuple):
-    """One subcommand: what it does with which config, and its own options."""
-
-    summary: str
-    run: Callable[[argparse.Namespace, Any], int | None]
-    """Returns the exit code where it is not 0."""
-    source: str
-    """CONFIG, MODEL or FILE; empty if there is nothing to give."""
-    options: tuple[str, ...]
-    default: Callable[[], Any] | None = None
-    """Makes the config where no source is given; None if one must be."""
-    outputs: tuple[str, ...] = ()
-    """What is given after the source: DIR."""
-    serves: bool = False
-    """Whether the config also says how an engine deals with many requests."""
-
-    @property
-    def usage(self) -> str:
-        """What stands after its name: `CONFIG [options]`."""
-        source = f"[{self.source}]" if self.source and self.default else self.source
-        return " ".join(filter(None, (source, *self.outputs, "[options]")))
-
-
-def load(command: Command, args: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    """Returns the config that a command was asked to run with; a MODEL is left in `args.model`."""
-    path = args.source
-    if command.source == FILE:
-        return fields.override(None, overrides)
-    if path is None:
-        assert command.default is not None
-        return fields.override(command.default(), overrides)
-    from jaxgen import config
-
-    if command.source == CONFIG:
-        if "init" not in overrides:
-            return config.load_config(path, overrides)
-        from jaxgen.train.origin import start_from
-
-        rest = dict(overrides)
-        init = rest.pop("init")
-        given = start_from(config.load_config(path), init)
-        note = f"jaxgen: the model and the tokenizer of {path} give way to those of {init}"
-        print(note, file=sys.stderr)
-        return fields.override(given, rest)
-    from jaxgen.pretrained import open_model
-
-    args.model = open_model(path)
-    # Not the mesh it was trained on, which may not be here; any other gives the same text.
-    found = args.model.serve_config()
-    if command.serves:
-        from jaxgen.serve.server_config import ServerConfig
-
-        found = ServerConfig(found.model, found.mesh, found.rules, found.compute)
-    return fields.override(found, overrides)
 
 
 def _start() -> None:
@@ -90,6 +33,8 @@ def _train(args: argparse.Namespace, config: Any) -> None:
 
 
 def _generate(args: argparse.Namespace, config: Any) -> None:
+    if args.input is not None or args.output is not None:
+        return _answer_file(args, config)
     if args.prompt is None and sys.stdin.isatty():
         raise UserError("no prompt; give --prompt TEXT, or a text on standard input")
     prompts = args.prompt or [sys.stdin.read()]
@@ -98,30 +43,62 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
 
     from jaxgen.pretrained import load_model
     from jaxgen.serve.generate import generate_text
-    from jaxgen.serve.request import SamplingConfig
     from jaxgen.sharding import make_mesh
 
     if args.chat:
         from jaxgen.data.chat import template_of
 
         template_of(args.model.tokenizer())
-    defaults, chosen = args.model.generation, {}
-    for field in dataclasses.fields(SamplingConfig):
-        for source in (args, defaults):
-            said = getattr(source, field.name, None)
-            if said is not None:
-                chosen.setdefault(field.name, said)
-    sampling = SamplingConfig(**chosen)
+    sampling, stop_ids = _sampling(args), args.model.generation.stop_ids
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
     with jax.set_mesh(mesh):
-        completions = generate_text(
-            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
-        )
+        completions = generate_text(model, tokenizer, prompts, samplings, stop_ids, chat=args.chat)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(completion if args.chat else prompt + completion)
+
+
+def _answer_file(args: argparse.Namespace, config: Any) -> None:
+    if args.input is None or args.output is None:
+        raise UserError("--input and --output go together: prompts in one file, answers in another")
+    if args.prompt is not None or args.chat:
+        raise UserError("--input takes no --prompt and no --chat; a line's messages are a chat")
+    from jaxgen.serve.offline import Lines, answer_lines, check_output
+
+    check_output(args.output)
+    sizes = {"vocab_size": config.model.vocab_size, "max_seq_len": config.model.max_seq_len}
+    lines = Lines(args.input, args.model.tokenizer(), _sampling(args), **sizes)
+    total = lines.count()
+    _start()
+    import jax
+
+    from jaxgen.pretrained import load_model
+    from jaxgen.serve.config import EngineConfig
+    from jaxgen.serve.engine import Engine
+    from jaxgen.serve.generate import MAX_NUM_SEQS
+    from jaxgen.sharding import make_mesh
+
+    mesh = make_mesh(config.mesh)
+    model, tokenizer = load_model(args.model, config, mesh)
+    with jax.set_mesh(mesh):
+        engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=min(total, MAX_NUM_SEQS)))
+    with engine:
+        stop_ids = args.model.generation.stop_ids
+        answer_lines(engine, lines, args.output, total=total, stop_ids=stop_ids)
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    """How tokens are chosen: as the options say, or the model's makers do, or by default."""
+    from jaxgen.serve.request import SamplingConfig
+
+    chosen = {}
+    for field in dataclasses.fields(SamplingConfig):
+        for who in (args, args.model.generation):
+            if (said := getattr(who, field.name, None)) is not None:
+                chosen.setdefault(field.name, said)
+    return SamplingConfig(**chosen)
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
@@ -260,6 +237,43 @@ def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
         print(json.dumps(results) if args.json else table(results))
 
 
+def _bench_serve(args: argparse.Namespace, config: Any) -> None:
+    from jaxgen.serve.bench import Limits, bench_own, bench_serve, table
+    from jaxgen.serve.keys import read_keys
+    from jaxgen.serve.load import Lengths, Load
+
+    if (args.source is None) == (args.url is None):
+        raise UserError("jaxgen bench serve needs one of MODEL, to serve it, and --url of a server")
+    if args.rate is not None and args.concurrency is not None:
+        raise UserError("--rate is of an open load and --concurrency of a closed one; give one")
+    limits = Limits(args.max_ttft, args.max_tpot)
+    for name, limit in zip(("--max-ttft", "--max-tpot"), limits, strict=True):
+        if limit is not None and not limit > 0:
+            raise UserError(f"{name} {limit}; use seconds, above 0")
+    load = Load(
+        num_requests=args.num_requests,
+        rate=args.rate,
+        concurrency=16 if args.concurrency is None else args.concurrency,
+        warmup=args.warmup,
+        input_tokens=Lengths.parse(args.input_tokens, "--input-tokens"),
+        output_tokens=Lengths.parse(args.output_tokens, "--output-tokens"),
+        shared_prefix=args.shared_prefix,
+        vocab_size=args.vocab_size or (config.model.vocab_size if config else 256),
+        seed=args.seed,
+    )
+    keys = read_keys(args.api_key_file or (), os.environ)
+    given = {"model": args.name, "key": keys[0] if keys else None, "limits": limits}
+    if args.url is not None:
+        results = bench_serve(args.url, load, **given)
+    else:
+        set_here = [f"--{name}={value}" for name, value in args.overrides.items()]
+        named = {"--name": args.name, "--devices": args.devices}
+        set_here += [f"{name}={value}" for name, value in named.items() if value is not None]
+        set_here += [f"--api-key-file={file}" for file in args.api_key_file or ()]
+        results = bench_own(args.source, set_here, load, **given)
+    print(json.dumps(results) if args.json else table(results))
+
+
 def _collectives_config() -> Any:
     from jaxgen.collectives import CollectivesConfig
 
@@ -274,13 +288,17 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
 
 
 SAMPLING = (
-    *("--prompt", "--chat", "--max-tokens", "--min-tokens"),
-    *("--temperature", "--top-k", "--top-p", "--min-p"),
+    *("--max-tokens", "--min-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
     *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
 )
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
-    "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "generate": Command(
+        "Continues texts with a trained model.",
+        _generate,
+        MODEL,
+        ("--prompt", "--chat", "--input", "--output", *SAMPLING),
+    ),
     "serve": Command(
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
@@ -319,6 +337,18 @@ COMMANDS = {
         CONFIG,
         ("--min-bytes", "--max-bytes", "--dtype", "--iterations", "--json"),
         _collectives_config,
+    ),
+    "bench serve": Command(
+        "Times a server under load, of its own or any that speaks as OpenAI's.",
+        _bench_serve,
+        MODEL,
+        (
+            *("--url", "--name", "--api-key-file", "--concurrency", "--rate", "--num-requests"),
+            *("--warmup", "--input-tokens", "--output-tokens", "--shared-prefix", "--vocab-size"),
+            *("--max-ttft", "--max-tpot", "--seed", "--json"),
+        ),
+        lambda: None,
+        serves=True,
     ),
     "doctor": Command(
         "Checks kernels, collectives and meshes on these devices.", _doctor, "", (), lambda: None

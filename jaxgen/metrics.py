@@ -19,53 +19,13 @@ import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.metric_files import MetricFiles
+from jaxgen.peaks import peak
 
-# Dense bf16 FLOPs a second of one JAX device, which on v2, v3 and 7x is half a chip.
-# Source: cloud.google.com/tpu/docs (system architecture); NVIDIA's data sheets, without sparsity.
-_PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "A10G": 70e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-}
 # The order of a line of metrics.jsonl; what else there is follows.
 _FIRST_KEYS = (
     *("step", "loss", "grad_norm", "learning_rate", "tokens"),
     *("step_time_s", "tokens_per_s", "mfu", "data_wait_s"),
 )
-
-
-def peak_flops(device: Any) -> float | None:
-    """Dense bf16 FLOPs a second of a JAX device, or None where we know none, as on a CPU."""
-    kind = device.device_kind
-    if kind.startswith("TPU"):
-        return _PEAK_FLOPS.get(kind)
-    if device.platform not in ("gpu", "cuda"):
-        return None
-    # "NVIDIA H100 80GB HBM3": every word of the name, the longest name first.
-    words = set(kind.replace("-", " ").split())
-    for name in sorted(_PEAK_FLOPS, key=len, reverse=True):
-        if set(name.split()) <= words:
-            return _PEAK_FLOPS[name]
-    return None
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, devices: Any) -> float | None:
@@ -76,8 +36,8 @@ def mfu(flops_per_token: float, tokens_per_s: float, devices: Any) -> float | No
         tokens_per_s: of all devices together.
         devices: those that compute, `mesh.devices.flat`.
     """
-    peaks = [peak_flops(device) for device in devices]
-    known = [peak for peak in peaks if peak is not None]
+    peaks = [peak(device) for device in devices]
+    known = [found.flops for found in peaks if found is not None]
     if not known or len(known) < len(peaks):
         return None
     return flops_per_token * tokens_per_s / sum(known)

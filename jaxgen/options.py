@@ -18,6 +18,19 @@ def _sampling(metavar: str, text: str, default: int | float) -> dict[str, Any]:
     return {"type": type(default), "metavar": metavar, "help": help}
 
 
+def _lengths(text: str, default: int) -> dict[str, Any]:
+    help = (
+        f"tokens {text}: N, LOW:HIGH for uniform lengths, or lognormal:MEDIAN:SIGMA:HIGH "
+        f"(default: {default})"
+    )
+    return {"default": str(default), "metavar": "LENGTHS", "help": help}
+
+
+def _limit(text: str) -> dict[str, Any]:
+    help = f"an answer counts as goodput if in so many seconds {text} (default: no limit)"
+    return {"type": float, "metavar": "SECONDS", "help": help}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     CONFIG: {
         "metavar": "CONFIG.py[:name]",
@@ -63,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "rows scored at once (default: by their length)",
     },
-    "--seed": _number("S", "of sampling; each prompt after the first adds 1", 0),
+    "--seed": _number("S", "of draws; of sampling, each prompt after the first adds 1", 0),
     "--step": _number("N", "the step whose batch is shown", 0),
     "--steps": _number("N", "training steps that are timed, after two that are not", 20),
     "--json": {"action": "store_true", "help": "print one JSON object"},
@@ -95,5 +108,37 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "API keys, one a line, of which requests must bring one; so is JAXGEN_API_KEY "
         "(default: whoever reaches the server may ask)",
     },
+    "--input": {
+        "metavar": "FILE.jsonl",
+        "help": "at any location: objects with a prompt, or the messages of a chat, and of the "
+        "sampling parameters those that are the line's own",
+    },
+    "--output": {
+        "metavar": "FILE.jsonl",
+        "help": "of --input: a new file at any location, with an answer for each line",
+    },
+    "--url": {"metavar": "URL", "help": "an OpenAI-compatible server (default: one of MODEL)"},
+    "--concurrency": {
+        "type": int,
+        "metavar": "N",
+        "help": "closed load: N clients that each wait for their answer (default: 16)",
+    },
+    "--rate": {
+        "type": float,
+        "metavar": "R",
+        "help": "open load: R requests a second by a Poisson process, which wait for no answer",
+    },
+    "--num-requests": _number("N", "requests that count", 100),
+    "--warmup": _number("N", "requests before them, which do not", 4),
+    "--input-tokens": _lengths("of prompts", 128),
+    "--output-tokens": _lengths("of answers", 64),
+    "--shared-prefix": _number("N", "tokens that all prompts begin with, besides their own", 0),
+    "--vocab-size": {
+        "type": int,
+        "metavar": "N",
+        "help": "prompts are of random tokens below it (default: that of MODEL, of a --url 256)",
+    },
+    "--max-ttft": _limit("its first text came, counted from when it was due"),
+    "--max-tpot": _limit("each later token took on average"),
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

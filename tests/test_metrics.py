@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxgen.errors import UserError
-from jaxgen.metrics import MetricsConfig, MetricWriter, mfu, peak_flops
+from jaxgen.metrics import MetricsConfig, MetricWriter, mfu
 
 
 def lines(run_dir):
@@ -228,28 +228,6 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match=r"cannot write metrics to .*run: File exists"):
         quiet(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("kind", "platform", "peak"),
-    [
-        ("TPU v4", "tpu", 275e12),
-        ("TPU v5 lite", "tpu", 197e12),
-        ("TPU v5", "tpu", 459e12),
-        ("TPU v6 lite", "tpu", 918e12),
-        ("TPU7x", "tpu", 2307e12 / 2),
-        ("NVIDIA H100 80GB HBM3", "gpu", 989e12),
-        ("NVIDIA H100 PCIe", "gpu", 756e12),
-        ("NVIDIA H200", "gpu", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "gpu", 312e12),
-        ("NVIDIA L40S", "gpu", 362e12),
-        ("NVIDIA GeForce", "gpu", None),
-        ("TPU v99", "tpu", None),
-        ("cpu", "cpu", None),
-    ],
-)
-def test_peaks(kind, platform, peak):
-    assert peak_flops(device(kind, platform)) == peak
 
 
 def test_mfu():

@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
+from jaxgen.nn.attention import mesh_device
+from jaxgen.peaks import peak
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.request import (
@@ -17,6 +19,7 @@ from jaxgen.serve.request import (
     check_prompt,
     check_tokens,
 )
+from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.weights import Dtype, for_serving
@@ -48,6 +51,9 @@ class EngineCore:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
+        pool, layers = self.pools[0], self.runner.state.layers
+        cost = StepCost.of(self.runner.model, layers, pool.num_blocks * pool.block_size)
+        self.meter = DecodeMeter(cost, self.runner.shards, peak(mesh_device()))
         self.tokens_generated = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
@@ -105,7 +111,11 @@ class EngineCore:
                 self._flying.append([each for each in deliveries if not each.constrained])
         if len(self._flying) >= (2 if plan else 1):
             due = self._flying.popleft() + due
-        fetched = [(each, each.fetch()) for each in due]
+        fetched = []
+        for delivery in due:
+            rows = delivery.fetch()
+            self.meter.add(rows, delivery.begun_s)
+            fetched.append((delivery, rows))
         came = []
         with self.changed:
             for delivery, rows in fetched:

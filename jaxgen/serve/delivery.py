@@ -21,6 +21,8 @@ class Delivery(NamedTuple):
     """Tokens for each at most."""
     scores: Scores
     """Of the tokens."""
+    begun_s: float | None = None
+    """When it was dispatched, by `time.perf_counter`, if it decodes and nothing is read before."""
 
     @property
     def constrained(self) -> bool:

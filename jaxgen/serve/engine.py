@@ -46,6 +46,14 @@ class EngineStats:
     """Programs compiled, all of them before the first request."""
     recompiles: int
     """Programs compiled since."""
+    decode_bytes: float
+    """Bytes that a device had to read for the decoding that was timed."""
+    decode_s: float
+    """What that decoding took."""
+    decode_roofline_s: float | None
+    """What it would have taken at the device's peak; None where that is unknown."""
+    roofline_fraction: float | None
+    """The latter over the former, of recent decoding; see `roofline`."""
 
 
 class Engine:
@@ -202,6 +210,10 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
+                decode_bytes=core.meter.bytes,
+                decode_s=core.meter.seconds,
+                decode_roofline_s=core.meter.roofline_s,
+                roofline_fraction=core.meter.fraction,
             )
 
     @property

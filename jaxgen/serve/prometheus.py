@@ -110,7 +110,15 @@ class _EngineCollector:
             "generation_tokens": ("Tokens of answers.", stats.tokens_generated),
             "preemptions": ("Times that a request had to make room.", stats.preemptions),
             "recompiles": ("Programs compiled since the engine was ready.", stats.recompiles),
+            "decode_bytes": ("Bytes a device had to read to decode.", stats.decode_bytes),
+            "decode_seconds": ("What decoding them took.", stats.decode_s),
         }
+        if stats.decode_roofline_s is not None:
+            text = "What it would have taken at the device's peak."
+            counters["decode_roofline_seconds"] = text, stats.decode_roofline_s
+        if stats.roofline_fraction is not None:
+            text = "Share of the decode roofline, of recent bursts."
+            gauges["decode_roofline_fraction"] = text, stats.roofline_fraction
         kinds = (
             (metrics_core.GaugeMetricFamily, gauges),
             (metrics_core.CounterMetricFamily, counters),

@@ -7,6 +7,7 @@ is, how long contexts are, what each row asks for.
 """
 
 import functools
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -96,7 +97,8 @@ class Runner:
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
         deliveries = [self._read(chunks) for chunks in plan.rounds]
-        deliveries += [self._decode(burst) for burst in plan.bursts]
+        begun_s = None if plan.rounds else time.perf_counter()
+        deliveries += [self._decode(burst)._replace(begun_s=begun_s) for burst in plan.bursts]
         deliveries = [delivery for delivery in deliveries if delivery.rows]
         for delivery in deliveries:
             delivery.copy_to_host()

@@ -12,6 +12,7 @@ from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.request import SamplingConfig, TokenLogprobs
+from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.schema import Served
 
@@ -60,7 +61,9 @@ class Echo:
             return [(row, tokens, logprobs)]
 
         constrained = row.request.constraint is not None
-        return types.SimpleNamespace(fetch=fetch, asked=steps, constrained=constrained)
+        return types.SimpleNamespace(
+            fetch=fetch, asked=steps, constrained=constrained, begun_s=time.perf_counter()
+        )
 
 
 def token_of(request, at):
@@ -84,6 +87,8 @@ class EchoCore(EngineCore):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
+        cost = StepCost(1, 0, 0.0, (None,), 1.0, 1.0, 1.0)
+        self.meter = DecodeMeter(cost, shards=1, peak=None)
         self.tokens_generated, self.changed = 0, threading.Condition()
         self._flying = deque()
 
