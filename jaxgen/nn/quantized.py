@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from jaxgen.nn.attention import mesh_device
 
@@ -33,8 +33,10 @@ Axes = tuple[str | None, ...]
 class Quantized:
     """A weight, or an embedding table, w = values * scale. It stands where an array of w stood."""
 
-    values: Int8[Array, "..."]
-    scale: Float[Array, "..."]
+    # Any, for in a tree of specs these are specs.
+    values: Any
+    """int8."""
+    scale: Any
     """fp32, of as many dimensions; those that products sum over have size 1."""
 
     def __getitem__(self, index) -> "Quantized":

@@ -112,7 +112,7 @@ def _fits(model: Decoder, dtype: Dtype, weights: Weights) -> bool:
     """Whether a device can hold its weights whole over `fsdp`, and as much again."""
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
-    mesh = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     rules = dataclasses.replace(model.rules, embed=None, expert_embed=None)
 
     def held(param: nnx.Param) -> float:
