@@ -22,8 +22,8 @@ from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import RMSNorm, embed, soft_cap
 from jaxgen.nn.paged import LayerPages
 from jaxgen.nn.pipeline import cut, join, run_stages
-from jaxgen.nn.rope import rotation
 from jaxgen.nn.quantized import Quantized, multiply
+from jaxgen.nn.rope import rotation
 from jaxgen.nn.router import RouterStats, RouterSums
 from jaxgen.nn.schedule import Schedule
 from jaxgen.nn.stack import gather, run, unstack

@@ -65,18 +65,14 @@ class MoE(nnx.Module):
         """
         rules = self.rules.here()
         params = (self.router, self.gate, self.up, self.down)
-        weights = [param[...] for param in params]
-        weight_specs = [
-            specs(weight, rules.gathered, param.axes)
-            for weight, param in zip(weights, params, strict=True)
-        ]
+        weights = tuple(param[...] for param in params)
+        weight_specs = tuple(specs(param[...], rules.gathered, param.axes) for param in params)
         counted_spec = rules("batch", "act_seq")
         mesh = jax.sharding.get_abstract_mesh()
 
         def device(x, counted, bias, *weights):
-            return self._device(
-                rules, x, counted, bias, *jax.tree.map(vary, weights, tuple(weight_specs))
-            )
+            weights = jax.tree.map(vary, weights, weight_specs)
+            return self._device(rules, x, counted, bias, *weights)
 
         def vary(weight, spec):
             return lax.pcast(

@@ -106,11 +106,11 @@ def multiply(
         y = _by_blocks(x.reshape(-1, width), values, over_rows)
         y = y.reshape(*x.shape[: -len(summed)], *(w.shape[w_dims.index(dim)] for dim in kept))
     else:
-        pairs = tuple(tuple(map(dims.index, summed)) for dims in (x_dims, w_dims))
+        dims = tuple(map(x_dims.index, summed)), tuple(map(w_dims.index, summed))
         y = lax.dot_general(
             x,
             w.values,
-            (pairs, ((), ())),
+            (dims, ((), ())),
             preferred_element_type=jnp.float32,
             out_sharding=out,
         )

@@ -22,9 +22,7 @@ from jaxgen.sharding import Rules
 Dtype = Literal["bfloat16", "float32"]
 
 
-def for_serving(
-    model: Decoder, dtype: Dtype | None = None, weights: Weights = "auto"
-) -> Decoder:
+def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "auto") -> Decoder:
     """Returns a copy of a model for decoding; call it inside the mesh.
 
     - Layers are a list: a scan copies every layer's weights and its cache for every token. This
