@@ -1,8 +1,11 @@
 """What an engine may use, and how it deals with many requests."""
 
 import dataclasses
+from typing import Literal, get_args
 
 from jaxgen.errors import UserError
+
+Weights = Literal["auto", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,9 @@ class EngineConfig:
     kv_blocks: int | None = None
     """Pages of each shard of rows; None for all that the compiled programs leave of a device's
     memory, or where it states no limit, as on CPU, 1 GiB."""
+    weights: Weights = "auto"
+    """What weights are stored as: auto is the dtype that is computed in, int8 a half of bf16 and a
+    quarter of fp32, with a scale for each output channel. Answers are not quite the same."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
     max_queued_requests: int = 1024
@@ -31,7 +37,9 @@ class EngineConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1 and field.name != "prefix_cache":
+            if type(value) is int and value < 1:
                 raise UserError(f"{field.name}={value}; use at least 1")
+        if self.weights not in get_args(Weights):
+            raise UserError(f"weights={self.weights!r}; use one of {', '.join(get_args(Weights))}")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

@@ -38,7 +38,7 @@ class EngineCore:
     def __init__(self, model: Decoder, config: EngineConfig, dtype: Dtype | None = None):
         """Makes a copy of the model for decoding; see `for_serving`."""
         self.config = config
-        self.runner = Runner(for_serving(model, dtype), config)
+        self.runner = Runner(for_serving(model, dtype, config.weights), config)
         self.pools = [
             Blocks(self.runner.num_pages, config.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)
