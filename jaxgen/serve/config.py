@@ -1,6 +1,7 @@
 """What an engine may use, and how it deals with many requests."""
 
 import dataclasses
+from typing import Literal
 
 from jaxgen.errors import UserError
 
@@ -23,6 +24,16 @@ class EngineConfig:
     memory, or where it states no limit, as on CPU, 1 GiB."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
+    speculation: Literal["off", "prompt_lookup", "draft"] = "off"
+    """Where tokens come from that one step of the model verifies together: what followed the same
+    tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""
+    draft_tokens: int = 4
+    """Tokens guessed at once, at most."""
+    ngram: int = 3
+    """Tokens that must have occurred before, for prompt lookup to guess what follows."""
+    speculation_max_seqs: int = 8
+    """Requests that run at once, beyond which nothing is guessed: many rows keep the device busy
+    without."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20
@@ -31,7 +42,8 @@ class EngineConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1 and field.name != "prefix_cache":
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if number and value < 1:
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

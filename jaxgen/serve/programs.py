@@ -63,7 +63,7 @@ def read(
     done = ~chunks.last | _stops(chunks.asked, drawn) | (ends + 1 >= chunks.asked.limits)
     lines = chunks.asked._replace(tokens=drawn, positions=ends, done=done)
     slots = jax.tree.map(lambda old, new: old.at[chunks.slots].set(new), state.slots, lines)
-    return DecodeState(slots, cache.layers), drawn
+    return state._replace(slots=slots, layers=cache.layers), drawn
 
 
 def decode(
@@ -128,7 +128,7 @@ def decode(
         positions=back(state.slots.positions, lines.positions),
         done=back(state.slots.done, lines.done),
     )
-    return DecodeState(kept, layers), reshard(out, spread(None, None))
+    return state._replace(slots=kept, layers=layers), reshard(out, spread(None, None))
 
 
 def next_tokens(

@@ -1,12 +1,13 @@
 """Runs the scheduler's plans: which program, with which arguments, compiled when.
 
 The programs are a lattice of few shapes: `read` for chunks of 16, 32, ... `prefill_chunk` tokens of
-one row a shard, `decode` for 1, 2, 4, ... rows a shard. Everything else is traced: how long a burst
-is, how long contexts are, what each row asks for.
+one row a shard, `decode` for 1, 2, 4, ... rows a shard, and `speculate`, where that is on, for as
+many of these as it may be on for. Everything else is traced: how long a burst is, how long contexts
+are, what each row asks for.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,8 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_state
+from jaxgen.serve import speculate
+from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import Chunks, decode, read
 from jaxgen.serve.scheduler import Chunk, Plan, Row
@@ -28,8 +30,8 @@ DEFAULT_KV_BYTES = 1 << 30
 # XLA compiles on one core for the most part, and holds some GB for a large program.
 COMPILE_THREADS = 4
 
-Key = tuple[Literal["read", "decode"], int]
-"""A program: its name, and the chunk's tokens or the rows of a shard."""
+Key = tuple[Literal["read", "decode", "speculate", "note"], int]
+"""A program: its name, and the chunk's tokens, the rows of a shard, or the tokens of a prompt."""
 
 
 class Delivery(NamedTuple):
@@ -41,6 +43,10 @@ class Delivery(NamedTuple):
     """Places in B, and whose they are."""
     asked: int
     """Tokens for each at most."""
+    promised: int
+    """Tokens for each unless it ends."""
+    guessed: jax.Array | None = None
+    """How many tokens were guessed for all rows, and how many of them stood."""
 
     def fetch(self) -> list[tuple[Row, list[int]]]:
         """Waits for the device and returns the tokens of each row."""
@@ -61,9 +67,11 @@ class Runner:
         compilations: programs compiled so far.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig):
+    def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None):
         """Compiles what it needs to find room for the pages, where devices state their memory."""
-        self.model, self.config = model, config
+        speculate.check_draft(model, draft, config)
+        self.model, self.config, self.draft = model, config, draft
+        self.speculates = config.speculation != "off"
         self.mesh = jax.sharding.get_mesh()
         self.shards = model.rules.shards("batch", self.mesh)
         self.slots_per_shard = -(-config.max_num_seqs // self.shards)
@@ -72,7 +80,7 @@ class Runner:
         self._sealed = False
         self._programs: dict[Key, jax.stages.Compiled] = {}
         # A module is flattened by Python code: once, and not for every call.
-        self._weights, self._structure = jax.tree.flatten(model)
+        self._weights, self._structure = jax.tree.flatten((model, draft))
         # XLA's CPU product of one bf16 row runs at a tenth of the speed of two.
         slow = mesh_device().platform == "cpu" and model.dtype == jnp.bfloat16
         self._smallest_batch = 2 if slow else 1
@@ -86,7 +94,12 @@ class Runner:
         batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
         reads: list[Key] = [("read", chunk) for chunk in sorted(chunks)]
         decodes: list[Key] = [("decode", batch) for batch in sorted(batches)]
-        return reads + decodes
+        if not self.speculates:
+            return reads + decodes
+        most = min(self.slots_per_shard, self.config.speculation_max_seqs)
+        batches = {self._batch_size(n) for n in range(1, most + 1)}
+        wide: list[Key] = [("speculate", batch) for batch in sorted(batches)]
+        return [*reads, *decodes, *wide, ("note", self.model.config.max_seq_len)]
 
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
@@ -103,16 +116,20 @@ class Runner:
     def compile_for(self, num_requests: int) -> None:
         """Compiles the decoding of so many requests at once."""
         per_shard = min(-(-num_requests // self.shards), self.slots_per_shard)
-        self.compile([("decode", self._batch_size(per_shard))])
+        keys: list[Key] = [("decode", self._batch_size(per_shard))]
+        if self.speculates:
+            wide = min(per_shard, self.config.speculation_max_seqs)
+            keys.append(("speculate", self._batch_size(wide)))
+        self.compile(keys)
 
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
         deliveries = [self._read(chunks) for chunks in plan.rounds]
         if plan.rows:
-            deliveries.append(self._decode(plan.rows, plan.steps))
+            deliveries.append(self._decode(plan.rows, plan.steps, plan.width))
         deliveries = [delivery for delivery in deliveries if delivery.rows]
         for delivery in deliveries:
-            delivery.tokens.copy_to_host_async()
+            jax.copy_to_host_async((delivery.tokens, delivery.guessed))
         return deliveries
 
     def _read(self, chunks: list[Chunk]) -> Delivery:
@@ -126,6 +143,8 @@ class Runner:
             args.starts[at], args.sizes[at] = chunk.start, chunk.size
             if not chunk.last:
                 continue
+            if self.speculates:
+                self._note(row)
             args.last[at], args.slots[at] = True, row.slot
             asked = args.asked
             asked.limits[at] = row.request.limit
@@ -134,14 +153,21 @@ class Runner:
             asked.seeds[at], asked.temperature[at] = sampling.seed, sampling.temperature
             asked.top_k[at], asked.top_p[at] = sampling.top_k, sampling.top_p
         tokens = self._run(("read", size), args)
-        return Delivery(tokens, [(c.row.shard, c.row) for c in chunks if c.last], 1)
+        return Delivery(tokens, [(c.row.shard, c.row) for c in chunks if c.last], 1, 1)
 
-    def _decode(self, rows: list[Row], steps: int) -> Delivery:
+    def _note(self, row: Row) -> None:
+        length = self.model.config.max_seq_len
+        tokens = np.zeros(length, np.int32)
+        tokens[: len(row.tokens)] = row.tokens
+        self._run(("note", length), np.int32(row.slot), tokens)
+
+    def _decode(self, rows: list[Row], steps: int, width: int = 1) -> Delivery:
+        kind: Literal["decode", "speculate"] = "decode" if width == 1 else "speculate"
         by_shard = [[row for row in rows if row.shard == s] for s in range(self.shards)]
         batch = self._batch_size(max(map(len, by_shard)))
         if not self._sealed:
             # A larger batch costs less than a compilation, as the last requests of many end.
-            ready = [n for name, n in self._programs if name == "decode" and n >= batch]
+            ready = [n for name, n in self._programs if name == kind and n >= batch]
             batch = min(ready, default=batch)
         table, slots = self._no_rows(batch)
         places = []
@@ -149,15 +175,16 @@ class Runner:
             for at, row in enumerate(mine, start=shard * batch):
                 table[at, : len(row.blocks)], slots[at] = row.blocks, row.slot
                 places.append((at, row))
-        tokens = self._run(("decode", batch), table, slots, np.int32(steps))
-        return Delivery(tokens, places, steps)
+        made = self._run((kind, batch), table, slots, np.int32(steps))
+        tokens, guessed = made if width > 1 else (made, None)
+        return Delivery(tokens, places, steps * width, steps, guessed)
 
-    def _run(self, key: Key, *args: Any) -> jax.Array:
+    def _run(self, key: Key, *args: Any) -> Any:
         if key not in self._programs:
             assert not self._sealed, f"{key} is not among the programs compiled ahead"
             self.compile([key])
-        self.state, tokens = self._programs[key](self._weights, self.state, *args)
-        return tokens
+        self.state, made = self._programs[key](self._weights, self.state, *args)
+        return made
 
     def _no_chunks(self, size: int) -> Chunks:
         """Arguments of `read` in which every row only fills the batch."""
@@ -190,19 +217,26 @@ class Runner:
 
     def _empty(self, num_pages: int) -> DecodeState:
         slots = self.shards * self.slots_per_shard
-        return empty_state(self.model, slots, num_pages, self.config.block_size)
+        sizes = (slots, num_pages, self.config.block_size)
+        state = empty_state(self.model, *sizes)
+        if not self.speculates:
+            return state
+        gain = self.config.draft_tokens / 2
+        return state._replace(drafts=empty_drafts(self.model, self.draft, *sizes, gain))
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key
         host: tuple[Any, ...]
         if name == "read":
-            program, host = read, (self._no_chunks(size),)
+            host = (self._no_chunks(size),)
+        elif name == "note":
+            host = (np.int32(0), np.zeros(size, np.int32))
         else:
-            program = functools.partial(decode, burst=self.config.burst)
             host = (*self._no_rows(size), np.int32(0))
 
         def call(weights, state, *host):
-            return program(jax.tree.unflatten(self._structure, weights), state, *host)
+            model, draft = jax.tree.unflatten(self._structure, weights)
+            return self._program(name, model, draft)(state, *host)
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
@@ -220,17 +254,25 @@ class Runner:
         self.compilations += 1
         return compiled
 
+    def _program(self, name: str, model: Decoder, draft: Decoder | None) -> Callable[..., Any]:
+        if name == "note":
+            return speculate.note_prompt
+        if name == "speculate":
+            return functools.partial(speculate.speculate, model, draft, config=self.config)
+        if name == "read":
+            both = functools.partial(speculate.read_both, model, draft)
+            return both if self.speculates else functools.partial(read, model)
+        program = speculate.decode_noting if self.speculates else decode
+        return functools.partial(program, model, burst=self.config.burst)
+
     def _room(self) -> int:
         """Pages of each shard: what the largest programs leave of a device's memory.
 
         At most all that `max_num_seqs` sequences of full length need.
         """
-        config = self.model.config
-        rules = self.model.rules.here()
-        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
-        heads = per_page // self.model.rules.shards("heads", self.mesh)
-        page = heads * self.config.block_size * config.head_dim * self.model.dtype.itemsize
-        page *= 2 * config.num_layers
+        page = self._page_bytes(self.model)
+        if self.draft is not None:
+            page += self._page_bytes(self.draft)
         device = jax.local_devices()[0]
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES
@@ -239,6 +281,9 @@ class Runner:
                 ("read", self.config.prefill_chunk),
                 ("decode", self._batch_size(self.slots_per_shard)),
             ]
+            if self.speculates:
+                most = min(self.slots_per_shard, self.config.speculation_max_seqs)
+                largest.append(("speculate", self._batch_size(most)))
             # What a program needs besides the pages does not depend on their number.
             needs: list[Any] = [self._compile(key, 2).memory_analysis() for key in largest]
             # Twice: a program is started before the last one has given its memory back.
@@ -247,3 +292,11 @@ class Runner:
         pages = min(room // page, self.slots_per_shard * self.table_width + 1)
         # All processes must plan alike.
         return int(np.min(multihost_utils.process_allgather(np.int32(pages))))
+
+    def _page_bytes(self, model: Decoder) -> int:
+        """Of one page of one shard, on each of its devices."""
+        config, rules = model.config, model.rules.here()
+        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
+        heads = per_page // model.rules.shards("heads", self.mesh)
+        size = heads * self.config.block_size * config.head_dim * model.dtype.itemsize
+        return 2 * config.num_layers * size

@@ -55,7 +55,7 @@ class Echo:
             time.sleep(seconds)
             return [(row, tokens)]
 
-        return types.SimpleNamespace(fetch=fetch, asked=steps)
+        return types.SimpleNamespace(fetch=fetch, asked=steps, promised=steps, guessed=None)
 
 
 def token_of(request, at):
@@ -78,7 +78,8 @@ class EchoCore(EngineCore):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        self.tokens_generated, self.changed = 0, threading.Condition()
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
+        self.changed = threading.Condition()
         self._flying = deque()
 
 

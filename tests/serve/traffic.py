@@ -136,8 +136,8 @@ class Traffic:
         if plan:
             self.device.run(plan)
         while len(self.device.unread) > (lag if plan else 0):
-            for row, tokens, asked in self.device.unread.popleft():
-                self.scheduler.deliver(row, tokens, asked=asked)
+            for row, tokens, asked, promised in self.device.unread.popleft():
+                self.scheduler.deliver(row, tokens, asked=asked, promised=promised)
         for request in [request for request in self.live if request.finish_reason]:
             self.live.remove(request)
             if request.finish_reason == "cancelled":
