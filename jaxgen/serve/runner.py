@@ -1,9 +1,9 @@
 """Runs the scheduler's plans: which program, with which arguments, compiled when.
 
 The programs are a lattice of few shapes: `read` for chunks of 16, 32, ... `prefill_chunk` tokens of
-one row a shard, `decode` for 1, 2, 4, ... rows a shard, and `speculate`, where that is on, for as
-many of these as it may be on for. Everything else is traced: how long a burst is, how long contexts
-are, what each row asks for.
+one row a shard, `decode` for 1, 2, 4, ... rows a shard, or `speculate` in its place for as many as
+that may be on for. Everything else is traced: how long a burst is, how long contexts are, what each
+row asks for.
 """
 
 import functools
@@ -93,13 +93,9 @@ class Runner:
         chunks = {self._chunk_size(n) for n in range(1, self.config.prefill_chunk + 1)}
         batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
         reads: list[Key] = [("read", chunk) for chunk in sorted(chunks)]
-        decodes: list[Key] = [("decode", batch) for batch in sorted(batches)]
-        if not self.speculates:
-            return reads + decodes
-        most = min(self.slots_per_shard, self.config.speculation_max_seqs)
-        batches = {self._batch_size(n) for n in range(1, most + 1)}
-        wide: list[Key] = [("speculate", batch) for batch in sorted(batches)]
-        return [*reads, *decodes, *wide, ("note", self.model.config.max_seq_len)]
+        decodes: list[Key] = [(self._kind(batch), batch) for batch in sorted(batches)]
+        notes: list[Key] = [("note", self.model.config.max_seq_len)] * self.speculates
+        return [*reads, *decodes, *notes]
 
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
@@ -116,11 +112,8 @@ class Runner:
     def compile_for(self, num_requests: int) -> None:
         """Compiles the decoding of so many requests at once."""
         per_shard = min(-(-num_requests // self.shards), self.slots_per_shard)
-        keys: list[Key] = [("decode", self._batch_size(per_shard))]
-        if self.speculates:
-            wide = min(per_shard, self.config.speculation_max_seqs)
-            keys.append(("speculate", self._batch_size(wide)))
-        self.compile(keys)
+        batch = self._batch_size(per_shard)
+        self.compile([(self._kind(batch), batch)])
 
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
@@ -162,21 +155,24 @@ class Runner:
         self._run(("note", length), np.int32(row.slot), tokens)
 
     def _decode(self, rows: list[Row], steps: int, width: int = 1) -> Delivery:
-        kind: Literal["decode", "speculate"] = "decode" if width == 1 else "speculate"
         by_shard = [[row for row in rows if row.shard == s] for s in range(self.shards)]
         batch = self._batch_size(max(map(len, by_shard)))
         if not self._sealed:
             # A larger batch costs less than a compilation, as the last requests of many end.
-            ready = [n for name, n in self._programs if name == kind and n >= batch]
+            ready = [n for kind, n in self._programs if kind == self._kind(n) and n >= batch]
             batch = min(ready, default=batch)
+        kind = self._kind(batch)
         table, slots = self._no_rows(batch)
         places = []
         for shard, mine in enumerate(by_shard):
             for at, row in enumerate(mine, start=shard * batch):
                 table[at, : len(row.blocks)], slots[at] = row.blocks, row.slot
                 places.append((at, row))
-        made = self._run((kind, batch), table, slots, np.int32(steps))
-        tokens, guessed = made if width > 1 else (made, None)
+        if kind == "decode":
+            tokens, guessed = self._run((kind, batch), table, slots, np.int32(steps)), None
+        else:
+            wide = np.bool_(width > 1)
+            tokens, guessed = self._run((kind, batch), table, slots, np.int32(steps), wide)
         return Delivery(tokens, places, steps * width, steps, guessed)
 
     def _run(self, key: Key, *args: Any) -> Any:
@@ -208,6 +204,11 @@ class Runner:
         rows, nobody = self.shards * batch, self.shards * self.slots_per_shard
         return np.zeros((rows, self.table_width), np.int32), np.full(rows, nobody, np.int32)
 
+    def _kind(self, batch: int) -> Literal["decode", "speculate"]:
+        """The program that decodes so many rows a shard."""
+        most = min(self.config.speculation_max_seqs, self.slots_per_shard)
+        return "speculate" if self.speculates and batch <= self._batch_size(most) else "decode"
+
     def _chunk_size(self, tokens: int) -> int:
         power = max(SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
         return min(power, self.config.prefill_chunk)
@@ -232,7 +233,7 @@ class Runner:
         elif name == "note":
             host = (np.int32(0), np.zeros(size, np.int32))
         else:
-            host = (*self._no_rows(size), np.int32(0))
+            host = (*self._no_rows(size), np.int32(0), *[np.False_] * (name == "speculate"))
 
         def call(weights, state, *host):
             model, draft = jax.tree.unflatten(self._structure, weights)
@@ -277,13 +278,9 @@ class Runner:
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES
         if "bytes_limit" in memory:
-            largest: list[Key] = [
-                ("read", self.config.prefill_chunk),
-                ("decode", self._batch_size(self.slots_per_shard)),
-            ]
-            if self.speculates:
-                most = min(self.slots_per_shard, self.config.speculation_max_seqs)
-                largest.append(("speculate", self._batch_size(most)))
+            batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
+            last: dict[str, Key] = {self._kind(n): (self._kind(n), n) for n in sorted(batches)}
+            largest: list[Key] = [("read", self.config.prefill_chunk), *last.values()]
             # What a program needs besides the pages does not depend on their number.
             needs: list[Any] = [self._compile(key, 2).memory_analysis() for key in largest]
             # Twice: a program is started before the last one has given its memory back.

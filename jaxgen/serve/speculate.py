@@ -44,15 +44,22 @@ ROW_RATE, ALL_RATE = 0.25, 0.02
 STEPS_TO_RETRY = 64
 
 
-class Step(NamedTuple):
-    """What came of one step."""
+class Burst(NamedTuple):
+    """What goes round from step to step."""
 
-    drawn: Int[Array, "B T"]
-    kept: Bool[Array, "B T"]
-    """Of these, the tokens that follow: the first ones of every row that had not ended."""
-    done: Bool[Array, " B"]
+    step: Int[Array, ""]
+    lines: Slots
     layers: list[LayerPages]
-    draft_layers: list[LayerPages]
+    drafts: Drafts
+    """With a line for each row, not for each slot."""
+    out: Int[Array, "B out"]
+    counts: Int[Array, "2"]
+    guess: Int[Array, "B drafts"]
+    """What may come next, if the next step is not a plain one."""
+    room: Int[Array, " B"]
+    """How many of these are drafts."""
+    go: Bool[Array, ""]
+    """Whether the next step verifies them."""
 
 
 def check_draft(model: Decoder, draft: Decoder | None, config: EngineConfig) -> None:
@@ -112,8 +119,10 @@ def read_both(
         place = jnp.arange(chunks.tokens.shape[1])[None, :]
         positions = chunks.starts[:, None] + place
         real = (place < chunks.sizes[:, None]).astype(jnp.int32)
-        args = (reshard(x, grid) for x in (chunks.tokens, positions, real))
-        _, cache = draft.hidden(*args, KVCache(drafts.layers, reshard(chunks.table, grid)))
+        tokens, positions, real, table = (
+            reshard(x, grid) for x in (chunks.tokens, positions, real, chunks.table)
+        )
+        _, cache = draft.hidden(tokens, positions, real, KVCache(drafts.layers, table))
         assert cache is not None
         drafts = drafts._replace(layers=cache.layers)
     return state._replace(drafts=drafts), drawn
@@ -146,6 +155,7 @@ def speculate(
     table: Int[Array, "B P"],
     slots: Int[Array, " B"],
     steps: Int[Array, ""],
+    wide: Bool[Array, ""],
     *,
     config: EngineConfig,
 ) -> tuple[DecodeState, tuple[Int[Array, "B out"], Int[Array, "2"]]]:
@@ -163,6 +173,7 @@ def speculate(
         table: pages of each row, with room for all tokens that may come.
         slots: which rows decode; S - 1 for one that only fills the batch.
         steps: traced; `config.burst` at most.
+        wide: whether anything is drafted.
         config: says how to draft, and how many tokens.
 
     Returns:
@@ -189,85 +200,102 @@ def speculate(
     lines: Slots = jax.tree.map(of_rows, state.slots)
     history, gain, known = map(of_rows, (before.history, before.gain, before.known))
     history = note(history, lines.positions, lines.tokens[:, None], ~lines.done[:, None])
-    drafts = before._replace(history=history, gain=gain, known=known)
-    out = reshard(jnp.full((slots.size, config.burst * width), NOTHING, jnp.int32), grid)
-
-    def plain(lines: Slots, layers, drafts: Drafts, guess, room) -> Step:
-        step = _verify(model, table, lines, layers, guess[:, :0], jnp.zeros_like(room))
-        rest = ((0, 0), (0, width - 1))
-        return Step(jnp.pad(step[0], rest), jnp.pad(step[1], rest), *step[2:], drafts.layers)
-
-    def speculative(lines: Slots, layers, drafts: Drafts, guess, room) -> Step:
-        draft_layers = drafts.layers
-        if draft is not None:
-            guess, draft_layers = _propose(draft, table, lines, drafts, room, width)
-        return Step(*_verify(model, table, lines, layers, guess, room), draft_layers)
-
-    def more(carry) -> Bool[Array, ""]:
-        step, lines, *_ = carry
-        return (step < steps) & jnp.any(~lines.done)
-
-    def one(carry):
-        step, lines, layers, drafts, out, counts = carry
-        # The last token is drawn without a draft in its place.
+    def ready(burst: Burst) -> Burst:
+        """Decides about the next step."""
+        lines, drafts = burst.lines, burst.drafts
+        # The last token of all is drawn without a draft in its place.
         room = jnp.clip(lines.limits - lines.positions - 2, 0, width - 1)
-        room = jnp.where(lines.done, 0, room)
-        guess = reshard(jnp.zeros((slots.size, width - 1), jnp.int32), grid)
+        room, guess = jnp.where(lines.done, 0, room), burst.guess
         if draft is None:
             guess, found = look_up(drafts.history, lines.positions)
             room = jnp.where(found, room, 0)
-        can = room > 0
-        expected = jnp.sum(jnp.where(can, drafts.gain, 0.0))
+        expected = jnp.sum(jnp.where(room > 0, drafts.gain, 0.0))
         running = jnp.sum(~lines.done).astype(jnp.float32)
-        go = jnp.any(can) & (expected >= cost * running)
-        came = lax.cond(go, speculative, plain, lines, layers, drafts, guess, room)
-        number = jnp.sum(came.kept, axis=1)
-        last = jnp.arange(width)[None, :] == number[:, None] - 1
-        tried = can & go
-        stood = jnp.where(tried, number - 1, 0)
-        total = jnp.stack([jnp.sum(jnp.where(tried, room, 0)), jnp.sum(stood)])
-        mean = total[1] / jnp.maximum(jnp.sum(tried), 1)
-        retry = jnp.where(jnp.any(can), rise, 0.0)
-        drafts = Drafts(
-            history=note(drafts.history, lines.positions + 1, came.drawn, came.kept),
-            gain=jnp.where(
-                tried,
-                drafts.gain + ROW_RATE * (stood.astype(jnp.float32) - drafts.gain),
-                drafts.gain + jnp.where(can, rise, 0.0),
-            ),
-            mean_gain=drafts.mean_gain + jnp.where(go, ALL_RATE * (mean - drafts.mean_gain), retry),
-            known=jnp.where(tried, lines.positions + number, drafts.known),
-            layers=came.draft_layers,
-        )
-        shown = jnp.where(came.kept, came.drawn, NOTHING)
-        out = lax.dynamic_update_slice_in_dim(out, shown, step * width, axis=1)
-        drawn = jnp.sum(jnp.where(last, came.drawn, 0), axis=1)
-        lines = lines._replace(
-            tokens=jnp.where(lines.done, lines.tokens, drawn),
-            positions=lines.positions + number,
-            done=came.done,
-        )
-        return step + 1, lines, came.layers, drafts, out, counts + total
+        go = wide & jnp.any(room > 0) & (expected >= cost * running)
+        return burst._replace(guess=guess, room=room, go=go)
 
-    zero = jnp.zeros((), jnp.int32)
-    carry = (zero, lines, state.layers, drafts, out, jnp.zeros(2, jnp.int32))
-    _, lines, layers, drafts, out, counts = lax.while_loop(more, one, carry)
+    def take(burst: Burst, drawn, kept, done) -> Burst:
+        """Takes the tokens drawn into the rows."""
+        lines = burst.lines
+        number = jnp.sum(kept, axis=1)
+        place = jnp.arange(drawn.shape[1])[None, :]
+        last = jnp.sum(jnp.where(place == number[:, None] - 1, drawn, 0), axis=1)
+        shown = jnp.where(kept, drawn, NOTHING)
+        out = lax.dynamic_update_slice_in_dim(burst.out, shown, burst.step * width, axis=1)
+        history = note(burst.drafts.history, lines.positions + 1, drawn, kept)
+        lines = lines._replace(
+            tokens=jnp.where(lines.done, lines.tokens, last),
+            positions=lines.positions + number,
+            done=done,
+        )
+        drafts = burst.drafts._replace(history=history)
+        return ready(burst._replace(step=burst.step + 1, lines=lines, drafts=drafts, out=out))
+
+    def plain(burst: Burst) -> Burst:
+        none = jnp.zeros_like(burst.room)
+        *came, layers = _verify(model, table, burst.lines, burst.layers, burst.guess[:, :0], none)
+        can = burst.room > 0
+        drafts = burst.drafts._replace(
+            gain=burst.drafts.gain + jnp.where(can, rise, 0.0),
+            mean_gain=burst.drafts.mean_gain + jnp.where(jnp.any(can), rise, 0.0),
+        )
+        return take(burst._replace(layers=layers, drafts=drafts), *came)
+
+    def speculative(burst: Burst) -> Burst:
+        lines, drafts, guess, room = burst.lines, burst.drafts, burst.guess, burst.room
+        if draft is not None:
+            guess, draft_layers = _propose(draft, table, lines, drafts, room, width)
+            drafts = drafts._replace(layers=draft_layers)
+        *came, layers = _verify(model, table, lines, burst.layers, guess, room)
+        number, tried = jnp.sum(came[1], axis=1), room > 0
+        stood = jnp.where(tried, number - 1, 0)
+        counts = jnp.stack([jnp.sum(room), jnp.sum(stood)])
+        mean = counts[1] / jnp.sum(tried)
+        error = jnp.where(tried, stood.astype(jnp.float32) - drafts.gain, 0.0)
+        drafts = drafts._replace(
+            gain=drafts.gain + ROW_RATE * error,
+            mean_gain=drafts.mean_gain + ALL_RATE * (mean - drafts.mean_gain),
+            known=jnp.where(tried, lines.positions + number, drafts.known),
+        )
+        counts += burst.counts
+        return take(burst._replace(layers=layers, drafts=drafts, counts=counts), *came)
+
+    def more(burst: Burst) -> Bool[Array, ""]:
+        return (burst.step < steps) & jnp.any(~burst.lines.done)
+
+    def some(burst: Burst) -> Burst:
+        # Two loops, for branches would copy the pages.
+        burst = lax.while_loop(lambda burst: more(burst) & ~burst.go, plain, burst)
+        return lax.while_loop(lambda burst: more(burst) & burst.go, speculative, burst)
+
+    start = Burst(
+        step=jnp.zeros((), jnp.int32),
+        lines=lines,
+        layers=state.layers,
+        drafts=before._replace(history=history, gain=gain, known=known),
+        out=reshard(jnp.full((slots.size, config.burst * width), NOTHING, jnp.int32), grid),
+        counts=jnp.zeros(2, jnp.int32),
+        guess=reshard(jnp.zeros((slots.size, width - 1), jnp.int32), grid),
+        room=jnp.zeros_like(known),
+        go=jnp.zeros((), bool),
+    )
+    end = lax.while_loop(more, some, ready(start))
 
     def back(old, new):
         return old.at[slots].set(reshard(new, spread(*[None] * new.ndim)))
 
     kept = state.slots._replace(
-        tokens=back(state.slots.tokens, lines.tokens),
-        positions=back(state.slots.positions, lines.positions),
-        done=back(state.slots.done, lines.done),
+        tokens=back(state.slots.tokens, end.lines.tokens),
+        positions=back(state.slots.positions, end.lines.positions),
+        done=back(state.slots.done, end.lines.done),
     )
-    drafts = drafts._replace(
-        history=back(before.history, drafts.history),
-        gain=back(before.gain, drafts.gain),
-        known=back(before.known, drafts.known),
+    drafts = end.drafts._replace(
+        history=back(before.history, end.drafts.history),
+        gain=back(before.gain, end.drafts.gain),
+        known=back(before.known, end.drafts.known),
     )
-    state = state._replace(slots=kept, layers=layers, drafts=drafts)
-    return state, (reshard(out, spread(None, None)), counts)
+    state = state._replace(slots=kept, layers=end.layers, drafts=drafts)
+    return state, (reshard(end.out, spread(None, None)), end.counts)
 
 
 def _drafts(state: DecodeState) -> Drafts:
