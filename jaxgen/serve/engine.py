@@ -15,7 +15,7 @@ from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 
@@ -120,6 +120,7 @@ class Engine:
         stop: Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -131,6 +132,7 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
+            constraint: what the answer may be; this request's own.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -145,6 +147,7 @@ class Engine:
             stop,
             priority,
             ignore_eos=ignore_eos,
+            constraint=constraint,
             deliver=deliver,
         )
 
@@ -246,6 +249,7 @@ class Engine:
         name="the prompt",
         bounded=True,
         ignore_eos=False,
+        constraint=None,
         deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
@@ -256,8 +260,9 @@ class Engine:
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        core.check(name, prompt, sampling.max_tokens)
-        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
+        core.check(name, prompt, sampling)
+        prompt = tuple(map(int, prompt))
+        request = Request(prompt, sampling, frozenset(stops), priority, constraint)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:

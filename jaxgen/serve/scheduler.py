@@ -6,11 +6,12 @@ Rows of a batch are split over the shards of the pool; every row's blocks are of
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 
 from jaxgen.errors import UserError
 from jaxgen.serve.blocks import Blocks, Chain
-from jaxgen.serve.request import FinishReason, QueueFull, Request
+from jaxgen.serve.request import FinishReason, QueueFull, Request, TokenLogprobs
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,20 +59,28 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class Burst:
+    """Rows that decode together."""
+
+    rows: list[Row]
+    """In order of their slots."""
+    steps: int
+    """Each brings every row one token, or up to `width`."""
+    width: int = 1
+    """More than 1 where tokens are guessed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the device does next, in this order."""
 
     rounds: list[list[Chunk]]
     """Chunks to read; those of one round are of different shards and go together."""
-    rows: list[Row]
-    """Rows that decode, in order of their slots."""
-    steps: int
-    """Of decoding, each of which brings every row one token, or up to `width`."""
-    width: int = 1
-    """More than 1 where tokens are guessed."""
+    bursts: list[Burst]
+    """Those with a constraint in one of one step, the others in one."""
 
     def __bool__(self) -> bool:
-        return bool(self.rounds or self.rows)
+        return bool(self.rounds or self.bursts)
 
 
 class Scheduler:
@@ -80,6 +89,9 @@ class Scheduler:
     Requests are admitted by (priority, arrival) as slots and blocks become free, their prompts read
     in chunks beside the decoding of the others. If blocks run out, the row that ranks last gives up
     its place and is read again later, with the tokens that it has.
+
+    A row with a constraint decodes one token, and again when that has come: only then is it known
+    what the next one may be.
     """
 
     def __init__(
@@ -158,6 +170,8 @@ class Scheduler:
                 f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
                 f"{self.max_queued_tokens}; try again later"
             )
+        if not request.look_ahead():
+            raise UserError("the constraint lets no token in; give it one that an answer can meet")
         request.arrival = next(self._arrivals)
         self._queue(request)
 
@@ -178,6 +192,7 @@ class Scheduler:
         rows = sorted((row for row in self.rows if row.decoding), key=lambda row: row.slot)
         # A row that has been promised all its tokens only waits for their delivery.
         rows = [row for row in rows if row.request.length + row.promised < row.request.limit]
+        rows = [row for row in rows if row.request.constraint is None or not row.pending]
         busy = any(not row.decoding for row in self.rows) or (self._waiting and any(self._slots))
         width = self.width if len(rows) <= self.wide_rows else 1
         steps, width = self._reserve(rows, max(1, self.burst // 4) if busy else self.burst, width)
@@ -186,25 +201,41 @@ class Scheduler:
             self._admit()
         rounds = self._read()
         if not steps:
-            return Plan(rounds, [], 0)
-        for row in rows:
-            row.pending += steps * width
-            row.promised += steps
-        return Plan(rounds, rows, steps, width)
+            return Plan(rounds, [])
+        # Constrained ones first: the host looks at their tokens while the others decode.
+        parts = [
+            [row for row in rows if (row.request.constraint is None) is free]
+            for free in (False, True)
+        ]
+        bursts = [Burst(part, *self._size(part[0], steps, width)) for part in parts if part]
+        for burst in bursts:
+            for row in burst.rows:
+                row.pending += burst.steps * burst.width
+                row.promised += burst.steps
+        return Plan(rounds, bursts)
 
-    def deliver(self, row: Row, tokens: Sequence[int], *, asked: int, promised: int) -> list[int]:
+    def deliver(
+        self,
+        row: Row,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        asked: int,
+        promised: int,
+    ) -> list[int]:
         """Gives a row the tokens that came of a plan; returns those that belong to the answer.
 
         Args:
             row: of the plan.
             tokens: what was generated, a stop id and what follows it included.
+            logprobs: of these, if it wants them.
             asked: the most that the plan asked for.
             promised: of these, those that would come unless the answer ended.
         """
         if row.left:
             return []
         request = row.request
-        taken = request.append(tokens)
+        taken = request.append(tokens, logprobs)
         row.pending -= asked
         row.promised -= promised
         self._remember(row)
@@ -227,6 +258,8 @@ class Scheduler:
             self.rows.append(row)
             self.prompt_tokens += len(row.tokens)
             self.prompt_tokens_found += row.read
+            if request.prefix_tokens is None:
+                request.prefix_tokens = row.read
 
     def _place(self, request: Request) -> Row | None:
         """Returns a row for the request in the shard that suits best, or None if none has room."""
@@ -286,7 +319,7 @@ class Scheduler:
         to whose tokens are still on their way.
         """
         while True:
-            missing = self._missing(rows, steps * width)
+            missing = self._missing(rows, steps, width)
             if all(n <= pool.available for n, pool in zip(missing, self.pools, strict=True)):
                 break
             if steps > 1:
@@ -304,19 +337,24 @@ class Scheduler:
             self._preempt(last)
             rows = [row for row in rows if not row.left]
         for row in rows:
-            fresh = self.pools[row.shard].take(self._short(row, steps * width))
+            fresh = self.pools[row.shard].take(self._short(row, steps, width))
             assert fresh is not None
             row.blocks += fresh
         return (steps if rows else 0), width
 
-    def _missing(self, rows: list[Row], tokens: int) -> list[int]:
+    def _missing(self, rows: list[Row], steps: int, width: int) -> list[int]:
         missing = [0] * len(self.pools)
         for row in rows:
-            missing[row.shard] += self._short(row, tokens)
+            missing[row.shard] += self._short(row, steps, width)
         return missing
 
-    def _short(self, row: Row, tokens: int) -> int:
-        """Blocks that a row lacks for so many more: the last token of all is never written."""
+    def _size(self, row: Row, steps: int, width: int) -> tuple[int, int]:
+        """How many of so many steps the row takes, and the tokens of each at most."""
+        return (steps, width) if row.request.constraint is None else (1, 1)
+
+    def _short(self, row: Row, steps: int, width: int) -> int:
+        """Blocks that a row lacks for so many steps: the last token of all is never written."""
+        tokens = math.prod(self._size(row, steps, width))
         written = min(self._known(row) + tokens, row.request.limit) - 1
         return max(0, self.pools[row.shard].needed(written) - len(row.blocks))
 

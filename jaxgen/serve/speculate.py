@@ -16,7 +16,7 @@ Source: Leviathan et al. 2023, arXiv:2211.17192; drafts by common random numbers
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,10 @@ from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder, KVCache
 from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.paged import LayerPages
-from jaxgen.serve.cache import DecodeState, Drafts, Slots
+from jaxgen.serve.cache import NOTHING, DecodeState, Drafts, Slots, VocabRows
 from jaxgen.serve.config import EngineConfig
-from jaxgen.serve.programs import NOTHING, Chunks, decode, read
-from jaxgen.serve.sampler import sample
+from jaxgen.serve.programs import Chunks, count, decode, read, whole
+from jaxgen.serve.sampler import Scores, Wanted, sample, score
 
 # Of all places where the last tokens stood before, that with the most alike counts, up to so many
 # more than must be.
@@ -53,6 +53,7 @@ class Burst(NamedTuple):
     drafts: Drafts
     """With a line for each row, not for each slot."""
     out: Int[Array, "B out"]
+    scores: Scores
     counts: Int[Array, "2"]
     guess: Int[Array, "B drafts"]
     """What may come next, if the next step is not a plain one."""
@@ -60,6 +61,27 @@ class Burst(NamedTuple):
     """How many of these are drafts."""
     go: Bool[Array, ""]
     """Whether the next step verifies them."""
+
+
+class Verdict(NamedTuple):
+    """What came of a step."""
+
+    drawn: Int[Array, "B T"]
+    scores: Scores
+    kept: Bool[Array, "B T"]
+    """What of `drawn` follows the row."""
+    done: Bool[Array, " B"]
+    """Rows that end with it, or had ended."""
+    layers: list[LayerPages]
+
+
+class Asks(NamedTuple):
+    """What stays the same during a burst."""
+
+    table: Int[Array, "B P"]
+    slots: Int[Array, " B"]
+    wanted: Wanted
+    vocab: VocabRows
 
 
 def check_draft(model: Decoder, draft: Decoder | None, config: EngineConfig) -> None:
@@ -94,20 +116,18 @@ def check_draft(model: Decoder, draft: Decoder | None, config: EngineConfig) -> 
         )
 
 
-def note_prompt(
-    state: DecodeState, slot: Int[Array, ""], tokens: Int[Array, " L"]
-) -> tuple[DecodeState, None]:
+def note(
+    history: Int[Array, "S L"], slot: Int[Array, ""], tokens: Int[Array, " L"]
+) -> Int[Array, "S L"]:
     """Notes what a row begins with, before its last chunk is read."""
-    drafts = _drafts(state)
-    history = drafts.history.at[slot].set(tokens)
-    return state._replace(drafts=drafts._replace(history=history)), None
+    return history.at[slot].set(tokens)
 
 
 def read_both(
     model: Decoder, draft: Decoder | None, state: DecodeState, chunks: Chunks
-) -> tuple[DecodeState, Int[Array, " B"]]:
+) -> tuple[DecodeState, Int[Array, " B"], Scores]:
     """`read`, with a draft model too if there is one."""
-    state, drawn = read(model, state, chunks)
+    state, drawn, scores = read(model, state, chunks)
     drafts = _drafts(state)
     ends = chunks.starts + chunks.sizes
     drafts = drafts._replace(
@@ -125,7 +145,7 @@ def read_both(
         _, cache = draft.hidden(tokens, positions, real, KVCache(drafts.layers, table))
         assert cache is not None
         drafts = drafts._replace(layers=cache.layers)
-    return state._replace(drafts=drafts), drawn
+    return state._replace(drafts=drafts), drawn, scores
 
 
 def decode_noting(
@@ -136,16 +156,16 @@ def decode_noting(
     steps: Int[Array, ""],
     *,
     burst: int,
-) -> tuple[DecodeState, Int[Array, "B burst"]]:
+) -> tuple[DecodeState, Int[Array, "B burst"], Scores]:
     """`decode`, which notes the tokens for drafts to come."""
     begun, first = state.slots.tokens.at[slots].get(), state.slots.positions.at[slots].get()
-    state, out = decode(model, state, table, slots, steps, burst=burst)
+    state, out, scores = decode(model, state, table, slots, steps, burst=burst)
     drafts = _drafts(state)
     tokens = jnp.concatenate([begun[:, None], out], axis=1)
     places = first[:, None] + jnp.arange(burst + 1)[None, :]
     places = jnp.where(tokens == NOTHING, drafts.history.shape[1], places)
     history = drafts.history.at[slots[:, None], places].set(tokens, mode="drop")
-    return state._replace(drafts=drafts._replace(history=history)), out
+    return state._replace(drafts=drafts._replace(history=history)), out, scores
 
 
 def speculate(
@@ -158,7 +178,7 @@ def speculate(
     wide: Bool[Array, ""],
     *,
     config: EngineConfig,
-) -> tuple[DecodeState, tuple[Int[Array, "B out"], Int[Array, "2"]]]:
+) -> tuple[DecodeState, Int[Array, "B out"], Scores, Int[Array, "2"]]:
     """Does up to `steps` steps for some slots, each of which brings 1 to T tokens a row.
 
     Before each it decides, from counts alone, whether to draft: only if the drafts that stand are
@@ -177,15 +197,15 @@ def speculate(
         config: says how to draft, and how many tokens.
 
     Returns:
-        The state; the tokens, `NOTHING` between and after them; how many tokens were drafted, and
-        how many of them stood.
+        The state; the tokens, `NOTHING` between and after them; how likely these were; how many
+        tokens were drafted, and how many of them stood.
     """
     width = config.draft_tokens + 1
     cost = _cost(model, draft, width)
     rise = cost * ROW_RATE / STEPS_TO_RETRY
     spread = model.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
-    table = reshard(table, grid)
+    size = config.burst * width
 
     def of_rows(x: Array) -> Array:
         return reshard(x.at[slots].get(), rows if x.ndim == 1 else grid)
@@ -193,19 +213,24 @@ def speculate(
     def by_row(function, *specs, out):
         return jax.shard_map(jax.vmap(function), in_specs=specs, out_specs=out)
 
-    note = by_row(_note, grid, rows, grid, grid, out=grid)
+    add = by_row(_add, grid, rows, grid, grid, out=grid)
     look_up = functools.partial(_look_up, count=width - 1, ngram=config.ngram)
     look_up = by_row(look_up, grid, rows, out=(grid, rows))
     before = _drafts(state)
-    lines: Slots = jax.tree.map(of_rows, state.slots)
+    asked = jax.tree.map(lambda x: x.at[slots].get(), state.slots)
+    wanted = Wanted.of(asked)
+    asks = Asks(reshard(table, grid), reshard(slots, rows), wanted, state.vocab)
+    lines: Slots = jax.tree.map(lambda x: reshard(x, rows if x.ndim == 1 else grid), asked)
     history, gain, known = map(of_rows, (before.history, before.gain, before.known))
-    history = note(history, lines.positions, lines.tokens[:, None], ~lines.done[:, None])
+    history = add(history, lines.positions, lines.tokens[:, None], ~lines.done[:, None])
+
     def ready(burst: Burst) -> Burst:
         """Decides about the next step."""
         lines, drafts = burst.lines, burst.drafts
         # The last token of all is drawn without a draft in its place.
         room = jnp.clip(lines.limits - lines.positions - 2, 0, width - 1)
-        room, guess = jnp.where(lines.done, 0, room), burst.guess
+        # What a penalty does depends on the tokens before, which drafts may not become.
+        room, guess = jnp.where(lines.done | lines.shaped, 0, room), burst.guess
         if draft is None:
             guess, found = look_up(drafts.history, lines.positions)
             room = jnp.where(found, room, 0)
@@ -214,40 +239,46 @@ def speculate(
         go = wide & jnp.any(room > 0) & (expected >= cost * running)
         return burst._replace(guess=guess, room=room, go=go)
 
-    def take(burst: Burst, drawn, kept, done) -> Burst:
+    def take(burst: Burst, verdict: Verdict) -> Burst:
         """Takes the tokens drawn into the rows."""
+        drawn, scores, kept, done, layers = verdict
         lines = burst.lines
         number = jnp.sum(kept, axis=1)
         place = jnp.arange(drawn.shape[1])[None, :]
         last = jnp.sum(jnp.where(place == number[:, None] - 1, drawn, 0), axis=1)
         shown = jnp.where(kept, drawn, NOTHING)
-        out = lax.dynamic_update_slice_in_dim(burst.out, shown, burst.step * width, axis=1)
-        history = note(burst.drafts.history, lines.positions + 1, drawn, kept)
+        out, scores = jax.tree.map(
+            lambda all, new: lax.dynamic_update_slice_in_dim(all, new, burst.step * width, axis=1),
+            (burst.out, burst.scores),
+            (shown, scores),
+        )
+        history = add(burst.drafts.history, lines.positions + 1, drawn, kept)
         lines = lines._replace(
             tokens=jnp.where(lines.done, lines.tokens, last),
             positions=lines.positions + number,
             done=done,
         )
         drafts = burst.drafts._replace(history=history)
-        return ready(burst._replace(step=burst.step + 1, lines=lines, drafts=drafts, out=out))
+        burst = burst._replace(step=burst.step + 1, lines=lines, layers=layers, drafts=drafts)
+        return ready(burst._replace(out=out, scores=scores))
 
     def plain(burst: Burst) -> Burst:
         none = jnp.zeros_like(burst.room)
-        *came, layers = _verify(model, table, burst.lines, burst.layers, burst.guess[:, :0], none)
+        verdict = _verify(model, asks, burst, burst.guess[:, :0], none)
         can = burst.room > 0
         drafts = burst.drafts._replace(
             gain=burst.drafts.gain + jnp.where(can, rise, 0.0),
             mean_gain=burst.drafts.mean_gain + jnp.where(jnp.any(can), rise, 0.0),
         )
-        return take(burst._replace(layers=layers, drafts=drafts), *came)
+        return take(burst._replace(drafts=drafts), verdict)
 
     def speculative(burst: Burst) -> Burst:
         lines, drafts, guess, room = burst.lines, burst.drafts, burst.guess, burst.room
         if draft is not None:
-            guess, draft_layers = _propose(draft, table, lines, drafts, room, width)
+            guess, draft_layers = _propose(draft, asks, burst, width)
             drafts = drafts._replace(layers=draft_layers)
-        *came, layers = _verify(model, table, lines, burst.layers, guess, room)
-        number, tried = jnp.sum(came[1], axis=1), room > 0
+        verdict = _verify(model, asks, burst, guess, room)
+        number, tried = jnp.sum(verdict.kept, axis=1), room > 0
         stood = jnp.where(tried, number - 1, 0)
         counts = jnp.stack([jnp.sum(room), jnp.sum(stood)])
         mean = counts[1] / jnp.sum(tried)
@@ -258,7 +289,7 @@ def speculate(
             known=jnp.where(tried, lines.positions + number, drafts.known),
         )
         counts += burst.counts
-        return take(burst._replace(layers=layers, drafts=drafts, counts=counts), *came)
+        return take(burst._replace(drafts=drafts, counts=counts), verdict)
 
     def more(burst: Burst) -> Bool[Array, ""]:
         return (burst.step < steps) & jnp.any(~burst.lines.done)
@@ -273,7 +304,8 @@ def speculate(
         lines=lines,
         layers=state.layers,
         drafts=before._replace(history=history, gain=gain, known=known),
-        out=reshard(jnp.full((slots.size, config.burst * width), NOTHING, jnp.int32), grid),
+        out=reshard(jnp.full((slots.size, size), NOTHING, jnp.int32), grid),
+        scores=Scores.zeros(model.config.vocab_size, grid, slots.size, size),
         counts=jnp.zeros(2, jnp.int32),
         guess=reshard(jnp.zeros((slots.size, width - 1), jnp.int32), grid),
         room=jnp.zeros_like(known),
@@ -294,8 +326,10 @@ def speculate(
         gain=back(before.gain, end.drafts.gain),
         known=back(before.known, end.drafts.known),
     )
-    state = state._replace(slots=kept, layers=end.layers, drafts=drafts)
-    return state, (reshard(end.out, spread(None, None)), end.counts)
+    out = reshard(end.out, spread(None, None))
+    vocab = count(state.vocab, slots, out, asked.shaped)
+    state = state._replace(slots=kept, layers=end.layers, vocab=vocab, drafts=drafts)
+    return state, out, whole(end.scores, wanted), end.counts
 
 
 def _drafts(state: DecodeState) -> Drafts:
@@ -316,49 +350,67 @@ def _cost(model: Decoder, draft: Decoder | None, width: int) -> float:
 
 
 def _verify(
-    model: Decoder, table, lines: Slots, layers, guess: Int[Array, "B drafts"], room
-) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Bool[Array, " B"], list[LayerPages]]:
+    model: Decoder, asks: Asks, burst: Burst, guess: Int[Array, "B drafts"], room: Int[Array, " B"]
+) -> Verdict:
     """Reads every row's last token and its first `room` drafts, and draws what follows each.
 
     What a draft that does not stand leaves in the pages is behind the row's end, and is written
     over before it is read.
     """
+    lines = burst.lines
     place = jnp.arange(guess.shape[1] + 1)[None, :]
     tokens = jnp.concatenate([lines.tokens[:, None], guess], axis=1)
     positions = lines.positions[:, None] + place
     real = (~lines.done[:, None] & (place <= room[:, None])).astype(jnp.int32)
-    hidden, cache = model.hidden(tokens, positions, real, KVCache(layers, table))
+    hidden, cache = model.hidden(tokens, positions, real, KVCache(burst.layers, asks.table))
     assert cache is not None
-    drawn = _draw(model, hidden, lines, positions + 1)
+    drawn, logits = _draw(model, asks, burst, hidden, positions + 1)
+    scores = _split(score(logits, _flat(drawn), asks.wanted), drawn.shape)
     ends = jnp.any(drawn[:, :, None] == lines.stop_ids[:, None, :], axis=-1)
     ends |= positions + 2 >= lines.limits[:, None]
     stands = (guess == drawn[:, :-1]) & (place[:, :-1] < room[:, None]) & ~ends[:, :-1]
     stands = jnp.cumprod(stands.astype(jnp.int32), axis=1) > 0
     kept = jnp.concatenate([jnp.ones_like(ends[:, :1]), stands], axis=1) & ~lines.done[:, None]
-    return drawn, kept, lines.done | jnp.any(kept & ends, axis=1), cache.layers
+    done = lines.done | jnp.any(kept & ends, axis=1)
+    return Verdict(drawn, scores, kept, done, cache.layers)
 
 
 def _draw(
-    model: Decoder, hidden: Float[Array, "B T D"], lines: Slots, positions: Int[Array, "B T"]
-) -> Int[Array, "B T"]:
-    """Returns the tokens that `hidden` calls for, at `positions` of their sequences."""
-    spread = model.rules.here()
-    logits = reshard(model.logits(hidden), spread("batch", None, None))
-    shape = logits.shape[:2]
-
-    def flat(x: Array) -> Array:
-        spec = spread("batch", *[None] * (x.ndim - 2))
-        return lax.reshape(x, (shape[0] * shape[1], *x.shape[2:]), out_sharding=spec)
+    model: Decoder,
+    asks: Asks,
+    burst: Burst,
+    hidden: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+) -> tuple[Int[Array, "B T"], Float[Array, "BT V"]]:
+    """Returns the tokens that `hidden` calls for, at `positions` of their sequences, and logits."""
+    shape = positions.shape
+    logits = _flat(reshard(model.logits(hidden), model.rules.here()("batch", None, None)))
 
     def each(x: Array) -> Array:
-        return flat(jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])))
+        return _flat(jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])))
 
-    asked = (lines.temperature, lines.top_k, lines.top_p)
-    drawn = sample(flat(logits), each(lines.seeds), flat(positions), *map(each, asked))
-    return lax.reshape(drawn, shape, out_sharding=spread("batch", None))
+    lines, slots, out = jax.tree.map(each, (burst.lines, asks.slots, burst.out))
+    drawn = sample(logits, lines, asks.wanted, slots, _flat(positions), asks.vocab, out)
+    return _split(drawn, shape), logits
 
 
-def _note(history, position, tokens, kept) -> Int[Array, " L"]:
+def _flat(x: Array) -> Array:
+    """[B, T, ...] as [B * T, ...]; every device has whole rows."""
+    batch, _, *rest = jax.typeof(x).sharding.spec
+    return lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=jax.P(batch, *rest))
+
+
+def _split(tree: Any, shape: tuple[int, ...]) -> Any:
+    """The other way round."""
+
+    def one(x: Array) -> Array:
+        batch, *rest = jax.typeof(x).sharding.spec
+        return lax.reshape(x, (*shape, *x.shape[1:]), out_sharding=jax.P(batch, None, *rest))
+
+    return jax.tree.map(one, tree)
+
+
+def _add(history, position, tokens, kept) -> Int[Array, " L"]:
     places = jnp.where(kept, position + jnp.arange(tokens.size), history.size)
     return history.at[places].set(tokens, mode="drop")
 
@@ -384,11 +436,12 @@ def _look_up(
 
 
 def _propose(
-    draft: Decoder, table, lines: Slots, drafts: Drafts, room: Int[Array, " B"], width: int
+    draft: Decoder, asks: Asks, burst: Burst, width: int
 ) -> tuple[Int[Array, "B drafts"], list[LayerPages]]:
     """Returns what the draft model would say next, and its cache with all of it but the last."""
     spread = draft.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
+    lines, drafts, room = burst.lines, burst.drafts, burst.room
     goal = jnp.where(room > 0, lines.positions, 0)
 
     def window(history, start):
@@ -404,7 +457,7 @@ def _propose(
         positions = known[:, None] + jnp.arange(CATCH_UP)[None, :]
         real = (positions < goal[:, None]).astype(jnp.int32)
         tokens = window(drafts.history, known)
-        _, cache = draft.hidden(tokens, positions, real, KVCache(layers, table))
+        _, cache = draft.hidden(tokens, positions, real, KVCache(layers, asks.table))
         assert cache is not None
         return jnp.maximum(known, jnp.minimum(known + CATCH_UP, goal)), cache.layers
 
@@ -414,11 +467,13 @@ def _propose(
         layers, tokens, guess = carry
         positions = (lines.positions + i)[:, None]
         real = ((room > 0) & (i <= room)).astype(jnp.int32)[:, None]
-        hidden, cache = draft.hidden(tokens, positions, real, KVCache(layers, table))
+        hidden, cache = draft.hidden(tokens, positions, real, KVCache(layers, asks.table))
         assert cache is not None
         # The last one is only read, so that its keys and values are there if it stands.
         tokens = lax.cond(
-            i < width - 1, lambda: _draw(draft, hidden, lines, positions + 1), lambda: tokens
+            i < width - 1,
+            lambda: _draw(draft, asks, burst, hidden, positions + 1)[0],
+            lambda: tokens,
         )
         return cache.layers, tokens, lax.dynamic_update_slice_in_dim(guess, tokens, i, axis=1)
 
