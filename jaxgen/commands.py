@@ -115,12 +115,22 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
+    more = {"chat": args.chat, "draft": _load_draft(args, config, mesh)}
     with jax.set_mesh(mesh):
-        completions = generate_text(
-            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
-        )
+        completions = generate_text(model, tokenizer, prompts, samplings, defaults.stop_ids, **more)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(completion if args.chat else prompt + completion)
+
+
+def _load_draft(args: argparse.Namespace, config: Any, mesh: Any) -> Any:
+    """Returns the model of `--draft`, split as the other is; None without."""
+    if args.draft is None:
+        return None
+    from jaxgen.pretrained import load_model, open_model
+
+    found = open_model(args.draft)
+    given = found.serve_config(config.mesh)
+    return load_model(found, dataclasses.replace(given, rules=config.rules), mesh)[0]
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
@@ -151,11 +161,15 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         top_p=1.0 if said.top_p is None else said.top_p,
     )
     mesh = make_mesh(config.mesh)
+    settings = config.engine
+    if args.draft is not None and "engine.speculation" not in args.overrides:
+        settings = dataclasses.replace(settings, speculation="draft")
 
     def start() -> tuple[Served, Engine]:
         model, tokenizer = load_model(args.model, config, mesh)
+        draft = _load_draft(args, config, mesh)
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, config.engine)
+            engine = Engine(model, tokenizer, settings, draft=draft)
         served = Served(
             name=name,
             tokenizer=tokenizer,
@@ -273,12 +287,14 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
 SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
-    "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "generate": Command(
+        "Continues texts with a trained model.", _generate, MODEL, (*SAMPLING, "--draft")
+    ),
     "serve": Command(
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
         MODEL,
-        ("--host", "--port", "--name", "--api-key-file"),
+        ("--host", "--port", "--name", "--api-key-file", "--draft"),
         serves=True,
     ),
     "eval": Command(

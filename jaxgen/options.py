@@ -90,5 +90,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "API keys, one a line, of which requests must bring one; so is JAXGEN_API_KEY "
         "(default: whoever reaches the server may ask)",
     },
+    "--draft": {
+        "metavar": "MODEL",
+        "help": "a smaller model of the same vocabulary, whose guesses MODEL verifies several at a "
+        "time; answers stay the same",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

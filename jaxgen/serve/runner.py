@@ -18,12 +18,13 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.serve import speculate
 from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
+from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
 from jaxgen.serve.programs import Chunks, decode, mask, read, shape
 from jaxgen.serve.scheduler import Burst, Chunk, Plan, Row
+from jaxgen.serve.speculate import speculate
 
 SMALLEST_CHUNK = 16
 # Where devices state no limit, as CPU does: what the pages of a shard take at most.
@@ -51,7 +52,7 @@ class Runner:
 
     def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None):
         """Compiles what it needs to find room for the pages, where devices state their memory."""
-        speculate.check_draft(model, draft, config)
+        check_draft(model, draft, config)
         self.model, self.config, self.draft = model, config, draft
         self.speculates = config.speculation != "off"
         self.mesh = jax.sharding.get_mesh()
@@ -286,7 +287,7 @@ class Runner:
                 ),
                 state,
             )
-            small = {"shape": shape, "mask": mask, "note": speculate.note}
+            small = {"shape": shape, "mask": mask, "note": note}
             if name in small:
                 part = state.drafts.history if name == "note" else state.vocab
                 lowered = jax.jit(small[name], donate_argnums=0).lower(part, *host)
@@ -299,11 +300,11 @@ class Runner:
     def _large(self, name: str, model: Decoder, draft: Decoder | None) -> Callable[..., Any]:
         """A program that runs a model."""
         if name == "speculate":
-            return functools.partial(speculate.speculate, model, draft, config=self.config)
+            return functools.partial(speculate, model, draft, config=self.config)
         if name == "read":
-            both = functools.partial(speculate.read_both, model, draft)
+            both = functools.partial(read_both, model, draft)
             return both if self.speculates else functools.partial(read, model)
-        program = speculate.decode_noting if self.speculates else decode
+        program = decode_noting if self.speculates else decode
         return functools.partial(program, model, burst=self.config.burst)
 
     def _room(self) -> int:

@@ -24,18 +24,14 @@ from jax import lax
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder, KVCache
-from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.paged import LayerPages
 from jaxgen.serve.cache import NOTHING, DecodeState, Drafts, Slots, VocabRows
 from jaxgen.serve.config import EngineConfig
-from jaxgen.serve.programs import Chunks, count, decode, read, whole
+from jaxgen.serve.drafts import added, drafting_cost, drafts_of, look_up
+from jaxgen.serve.programs import count, whole
 from jaxgen.serve.sampler import Scores, Wanted, sample, score
 
-# Of all places where the last tokens stood before, that with the most alike counts, up to so many
-# more than must be.
-TOKENS_THAT_DECIDE = 5
 # Tokens that a draft model reads at a time where plain steps have left it behind.
 CATCH_UP = 16
 # How fast the mean of drafts that stand follows what happens: of one row, and of all together.
@@ -84,90 +80,6 @@ class Asks(NamedTuple):
     vocab: VocabRows
 
 
-def check_draft(model: Decoder, draft: Decoder | None, config: EngineConfig) -> None:
-    """Checks that there is a draft model if one is asked for, and that it suits the model.
-
-    Raises:
-        UserError: it does not, and why.
-    """
-    if (draft is not None) != (config.speculation == "draft"):
-        there = "no draft model" if draft is None else "a draft model"
-        raise UserError(
-            f"speculation={config.speculation!r} and {there}; use 'draft' and give a draft model, "
-            "or neither"
-        )
-    if draft is None:
-        return
-    ours, its = model.config, draft.config
-    if its.vocab_size != ours.vocab_size:
-        raise UserError(
-            f"the draft model has vocab_size={its.vocab_size} and the model {ours.vocab_size}; "
-            "use one with the same tokenizer"
-        )
-    if its.max_seq_len < ours.max_seq_len:
-        raise UserError(
-            f"the draft model has max_seq_len={its.max_seq_len} and the model {ours.max_seq_len}; "
-            f"use another, or model.max_seq_len={its.max_seq_len}"
-        )
-    if draft.rules.batch != model.rules.batch:
-        raise UserError(
-            f"the draft model has rules.batch={draft.rules.batch} and the model "
-            f"{model.rules.batch}; use the model's"
-        )
-
-
-def note(
-    history: Int[Array, "S L"], slot: Int[Array, ""], tokens: Int[Array, " L"]
-) -> Int[Array, "S L"]:
-    """Notes what a row begins with, before its last chunk is read."""
-    return history.at[slot].set(tokens)
-
-
-def read_both(
-    model: Decoder, draft: Decoder | None, state: DecodeState, chunks: Chunks
-) -> tuple[DecodeState, Int[Array, " B"], Scores]:
-    """`read`, with a draft model too if there is one."""
-    state, drawn, scores = read(model, state, chunks)
-    drafts = _drafts(state)
-    ends = chunks.starts + chunks.sizes
-    drafts = drafts._replace(
-        gain=drafts.gain.at[chunks.slots].set(drafts.mean_gain),
-        known=drafts.known.at[chunks.slots].set(ends),
-    )
-    if draft is not None:
-        grid = model.rules.here()("batch", None)
-        place = jnp.arange(chunks.tokens.shape[1])[None, :]
-        positions = chunks.starts[:, None] + place
-        real = (place < chunks.sizes[:, None]).astype(jnp.int32)
-        tokens, positions, real, table = (
-            reshard(x, grid) for x in (chunks.tokens, positions, real, chunks.table)
-        )
-        _, cache = draft.hidden(tokens, positions, real, KVCache(drafts.layers, table))
-        assert cache is not None
-        drafts = drafts._replace(layers=cache.layers)
-    return state._replace(drafts=drafts), drawn, scores
-
-
-def decode_noting(
-    model: Decoder,
-    state: DecodeState,
-    table: Int[Array, "B P"],
-    slots: Int[Array, " B"],
-    steps: Int[Array, ""],
-    *,
-    burst: int,
-) -> tuple[DecodeState, Int[Array, "B burst"], Scores]:
-    """`decode`, which notes the tokens for drafts to come."""
-    begun, first = state.slots.tokens.at[slots].get(), state.slots.positions.at[slots].get()
-    state, out, scores = decode(model, state, table, slots, steps, burst=burst)
-    drafts = _drafts(state)
-    tokens = jnp.concatenate([begun[:, None], out], axis=1)
-    places = first[:, None] + jnp.arange(burst + 1)[None, :]
-    places = jnp.where(tokens == NOTHING, drafts.history.shape[1], places)
-    history = drafts.history.at[slots[:, None], places].set(tokens, mode="drop")
-    return state._replace(drafts=drafts._replace(history=history)), out, scores
-
-
 def speculate(
     model: Decoder,
     draft: Decoder | None,
@@ -201,7 +113,7 @@ def speculate(
         tokens were drafted, and how many of them stood.
     """
     width = config.draft_tokens + 1
-    cost = _cost(model, draft, width)
+    cost = drafting_cost(model, draft, width)
     rise = cost * ROW_RATE / STEPS_TO_RETRY
     spread = model.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
@@ -213,10 +125,10 @@ def speculate(
     def by_row(function, *specs, out):
         return jax.shard_map(jax.vmap(function), in_specs=specs, out_specs=out)
 
-    add = by_row(_add, grid, rows, grid, grid, out=grid)
-    look_up = functools.partial(_look_up, count=width - 1, ngram=config.ngram)
-    look_up = by_row(look_up, grid, rows, out=(grid, rows))
-    before = _drafts(state)
+    add = by_row(added, grid, rows, grid, grid, out=grid)
+    find = functools.partial(look_up, count=width - 1, ngram=config.ngram)
+    find = by_row(find, grid, rows, out=(grid, rows))
+    before = drafts_of(state)
     asked = jax.tree.map(lambda x: x.at[slots].get(), state.slots)
     wanted = Wanted.of(asked)
     asks = Asks(reshard(table, grid), reshard(slots, rows), wanted, state.vocab)
@@ -232,7 +144,7 @@ def speculate(
         # What a penalty does depends on the tokens before, which drafts may not become.
         room, guess = jnp.where(lines.done | lines.shaped, 0, room), burst.guess
         if draft is None:
-            guess, found = look_up(drafts.history, lines.positions)
+            guess, found = find(drafts.history, lines.positions)
             room = jnp.where(found, room, 0)
         expected = jnp.sum(jnp.where(room > 0, drafts.gain, 0.0))
         running = jnp.sum(~lines.done).astype(jnp.float32)
@@ -332,23 +244,6 @@ def speculate(
     return state, out, whole(end.scores, wanted), end.counts
 
 
-def _drafts(state: DecodeState) -> Drafts:
-    assert state.drafts is not None
-    return state.drafts
-
-
-def _cost(model: Decoder, draft: Decoder | None, width: int) -> float:
-    """Plain steps that drafting and verifying take, besides the one that would be done anyway."""
-    verify = 0.8 if mesh_device().platform == "cpu" else 0.1
-    if draft is None:
-        return verify
-
-    def size(model: Decoder) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(model))
-
-    return verify + width * size(draft) / size(model)
-
-
 def _verify(
     model: Decoder, asks: Asks, burst: Burst, guess: Int[Array, "B drafts"], room: Int[Array, " B"]
 ) -> Verdict:
@@ -408,31 +303,6 @@ def _split(tree: Any, shape: tuple[int, ...]) -> Any:
         return lax.reshape(x, (*shape, *x.shape[1:]), out_sharding=jax.P(batch, None, *rest))
 
     return jax.tree.map(one, tree)
-
-
-def _add(history, position, tokens, kept) -> Int[Array, " L"]:
-    places = jnp.where(kept, position + jnp.arange(tokens.size), history.size)
-    return history.at[places].set(tokens, mode="drop")
-
-
-def _look_up(
-    history: Int[Array, " L"], position: Int[Array, ""], *, count: int, ngram: int
-) -> tuple[Int[Array, " count"], Bool[Array, ""]]:
-    """Returns what followed the last tokens where they stood before, and whether they did.
-
-    Source: prompt lookup: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
-    """
-    place = jnp.arange(history.size)
-    alike, length = jnp.ones(history.size, bool), jnp.zeros(history.size, jnp.int32)
-    for back in range(ngram + TOKENS_THAT_DECIDE):
-        same = jnp.roll(history, back) == history[jnp.maximum(position - back, 0)]
-        alike &= same & (place >= back) & (position >= back)
-        length += alike.astype(jnp.int32)
-    score = jnp.where((length >= ngram) & (place < position), length * history.size + place, -1)
-    best = jnp.argmax(score)
-    # What goes round in fewer tokens than are drafted is taken to go on so.
-    ahead = jnp.arange(count) % jnp.maximum(position - best, 1)
-    return history[best + 1 + ahead], score[best] >= 0
 
 
 def _propose(

@@ -116,7 +116,7 @@ class Device:
                     done = token == STOP or len(row.tokens) + 1 == row.request.limit
                     self.slots[row.slot] = [token, len(row.tokens), done]
                     got.append((row, [token], 1, 1))
-        for row, burst in [(row, burst) for burst in plan.bursts for row in burst.rows]:
+        for row, burst in [(row, each) for each in plan.bursts for row in each.rows]:
             steps, limit = burst.steps, row.request.limit
             token, place, done = self.slots[row.slot]
             if row.request.constraint is not None:  # Its mask is of what follows the last token.
