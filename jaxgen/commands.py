@@ -107,7 +107,8 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
         template_of(args.model.tokenizer())
     defaults, chosen = args.model.generation, {}
     for field in dataclasses.fields(SamplingConfig):
-        for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
+        for source in (args, defaults):
+            said = getattr(source, field.name, None)
             if said is not None:
                 chosen.setdefault(field.name, said)
     sampling = SamplingConfig(**chosen)
@@ -159,6 +160,8 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         temperature=1.0 if said.temperature is None else said.temperature,
         top_k=said.top_k or 0,
         top_p=1.0 if said.top_p is None else said.top_p,
+        min_p=said.min_p or 0.0,
+        repetition_penalty=said.repetition_penalty or 1.0,
     )
     mesh = make_mesh(config.mesh)
     settings = config.engine
@@ -284,7 +287,11 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = (
+    *("--prompt", "--chat", "--max-tokens", "--min-tokens"),
+    *("--temperature", "--top-k", "--top-p", "--min-p"),
+    *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
+)
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command(

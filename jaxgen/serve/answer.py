@@ -79,7 +79,8 @@ class Answer:
         if self._stream is not None:
             for count, token in enumerate(tokens, start=1):
                 new = self._stream.push(token)
-                if self._count + count > self._request.sampling.min_tokens:
+                # An answer is not to end before that, so what looks like its end there is none.
+                if self._count + count >= self._request.sampling.min_tokens:
                     new, found = self._stop.push(new)
                 text += new
                 if found:  # What a burst has made after it is no part of the answer.

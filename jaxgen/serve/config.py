@@ -1,9 +1,11 @@
 """What an engine may use, and how it deals with many requests."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxgen.errors import UserError
+
+Speculation = Literal["off", "prompt_lookup", "draft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class EngineConfig:
     memory, or where it states no limit, as on CPU, 1 GiB."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
-    speculation: Literal["off", "prompt_lookup", "draft"] = "off"
+    speculation: Speculation = "off"
     """Where tokens come from that one step of the model verifies together: what followed the same
     tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""
     draft_tokens: int = 4
@@ -40,6 +42,9 @@ class EngineConfig:
     """Tokens of the prompts of waiting requests at most."""
 
     def __post_init__(self):
+        if self.speculation not in get_args(Speculation):
+            ways = ", ".join(get_args(Speculation))
+            raise UserError(f"speculation={self.speculation!r}; use one of {ways}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, int) and not isinstance(value, bool)

@@ -93,7 +93,7 @@ def test_answers_are_what_their_constraints_let_in(alone):
 
 @pytest.mark.parametrize(
     ("changes", "mesh"),
-    [({}, ONE), ({"kv_blocks": 12}, ONE), ({"prefix_cache": False}, EIGHT)],
+    [({}, ONE), ({"block_size": 4, "kv_blocks": 30}, ONE), ({"prefix_cache": False}, EIGHT)],
     ids=["together", "preempted", "eight"],
 )
 def test_constrained_and_free_requests_together_get_what_each_gets_alone(alone, changes, mesh):
