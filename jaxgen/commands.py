@@ -54,8 +54,9 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
+    more = {"chat": args.chat, "draft": _load_draft(args, config, mesh)}
     with jax.set_mesh(mesh):
-        completions = generate_text(model, tokenizer, prompts, samplings, stop_ids, chat=args.chat)
+        completions = generate_text(model, tokenizer, prompts, samplings, stop_ids, **more)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(completion if args.chat else prompt + completion)
 
@@ -82,8 +83,12 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
 
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
+    draft = _load_draft(args, config, mesh)
+    settings = EngineConfig(
+        max_num_seqs=min(total, MAX_NUM_SEQS), speculation="draft" if draft else "off"
+    )
     with jax.set_mesh(mesh):
-        engine = Engine(model, tokenizer, EngineConfig(max_num_seqs=min(total, MAX_NUM_SEQS)))
+        engine = Engine(model, tokenizer, settings, draft=draft)
     with engine:
         stop_ids = args.model.generation.stop_ids
         answer_lines(engine, lines, args.output, total=total, stop_ids=stop_ids)
@@ -99,6 +104,17 @@ def _sampling(args: argparse.Namespace) -> Any:
             if (said := getattr(who, field.name, None)) is not None:
                 chosen.setdefault(field.name, said)
     return SamplingConfig(**chosen)
+
+
+def _load_draft(args: argparse.Namespace, config: Any, mesh: Any) -> Any:
+    """Returns the model of `--draft`, split as the other is; None without."""
+    if args.draft is None:
+        return None
+    from jaxgen.pretrained import load_model, open_model
+
+    found = open_model(args.draft)
+    given = found.serve_config(config.mesh)
+    return load_model(found, dataclasses.replace(given, rules=config.rules), mesh)[0]
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
@@ -131,11 +147,15 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         repetition_penalty=said.repetition_penalty or 1.0,
     )
     mesh = make_mesh(config.mesh)
+    settings = config.engine
+    if args.draft is not None and "engine.speculation" not in args.overrides:
+        settings = dataclasses.replace(settings, speculation="draft")
 
     def start() -> tuple[Served, Engine]:
         model, tokenizer = load_model(args.model, config, mesh)
+        draft = _load_draft(args, config, mesh)
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, config.engine)
+            engine = Engine(model, tokenizer, settings, draft=draft)
         served = Served(
             name=name,
             tokenizer=tokenizer,
@@ -297,13 +317,13 @@ COMMANDS = {
         "Continues texts with a trained model.",
         _generate,
         MODEL,
-        ("--prompt", "--chat", "--input", "--output", *SAMPLING),
+        ("--prompt", "--chat", "--input", "--output", *SAMPLING, "--draft"),
     ),
     "serve": Command(
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
         MODEL,
-        ("--host", "--port", "--name", "--api-key-file"),
+        ("--host", "--port", "--name", "--api-key-file", "--draft"),
         serves=True,
     ),
     "eval": Command(

@@ -140,5 +140,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--max-ttft": _limit("its first text came, counted from when it was due"),
     "--max-tpot": _limit("each later token took on average"),
+    "--draft": {
+        "metavar": "MODEL",
+        "help": "a smaller model of the same vocabulary, whose guesses MODEL verifies several at a "
+        "time; answers stay the same",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

@@ -234,9 +234,10 @@ def model(tmp_path_factory):
 def test_generate_draws_as_the_model_says_unless_it_is_told(
     monkeypatch, capsys, model, argv, changes
 ):
-    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft):
         assert (set(stop_ids), tokenizer.eos_id) == ({7, 257}, 257)
         assert not chat
+        assert draft is None
         said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1} | changes
         assert samplings == [SamplingConfig(seed=seed, **said) for seed in (4, 5)]
         return [prompt.upper() for prompt in prompts]
@@ -253,6 +254,22 @@ def test_generate_takes_a_folder_on_a_mesh(capsys, model):
     assert drawn.startswith("hello")
     assert main([*argv, "--temperature", "0"]) == 0
     assert capsys.readouterr().out != drawn
+
+
+def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
+    # Drafts of a model as large as the other would otherwise never be tried.
+    monkeypatch.setattr("jaxgen.serve.speculate.drafting_cost", lambda *_: 0.0)
+    argv = ["generate", model, "--prompt", "hello", "--max-tokens", "8"]
+    argv += ["--repetition-penalty", "1"]
+    assert main(argv) == 0
+    drawn = capsys.readouterr().out
+    assert main([*argv, "--draft", model]) == 0
+    assert capsys.readouterr().out == drawn
+    assert main([*argv, "--draft", "nowhere"]) == 2
+    assert "nowhere is no model" in capsys.readouterr().err
+    argv = ["serve", model, "--port", "0", "--draft", model, "--engine.speculation", "off"]
+    assert main(argv) == 2
+    assert "speculation='off' and a draft model; use 'draft'" in capsys.readouterr().err
 
 
 def test_convert_writes_a_folder_and_no_second_time(capsys, model, tmp_path):

@@ -1,6 +1,6 @@
 """The state of decoding on the device: a line for every slot of the batch, and the pages.
 
-S slots, K stop ids, V vocab, W words of a mask.
+S slots, K stop ids, V vocab, W words of a mask, L longest sequence.
 """
 
 import dataclasses
@@ -108,12 +108,29 @@ class VocabRows(NamedTuple):
     """A bit for each token, lowest first: whether it can be drawn."""
 
 
+class Drafts(NamedTuple):
+    """What the next tokens are guessed from, where they are; slots as in `Slots`."""
+
+    history: Int[Array, "S L"]
+    """The tokens of rows, prompts included."""
+    gain: Float[Array, " S"]
+    """How many drafts are expected to stand, of one step."""
+    mean_gain: Float[Array, ""]
+    """Of all rows so far, which a new one begins with."""
+    known: Int[Array, " S"]
+    """Tokens of rows that the draft model's cache has; what it lacks costs drafts, not answers."""
+    layers: list[LayerPages]
+    """Of the draft model, with the pages of the model's own; empty without one."""
+
+
 class DecodeState(NamedTuple):
     """All that programs change; each takes it over and returns it, in the same memory."""
 
     slots: Slots
     layers: list[LayerPages]
     vocab: VocabRows
+    drafts: Drafts | None = None
+    """None where nothing is guessed."""
 
 
 def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> DecodeState:
@@ -127,21 +144,53 @@ def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> Decod
         pages: of each shard of rows.
         page_size: tokens of a page.
     """
-    config, rules = model.config, model.rules.here()
-    shards = model.rules.shards("batch", jax.sharding.get_abstract_mesh())
+    rules = model.rules.here()
 
     def line(value, dtype, *shape):
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
-    heads = (config.num_heads, config.num_kv_heads)
-    shape = (shards * pages, page_size * config.head_dim)
-    layers = [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
-    vocab = config.vocab_size
+    vocab = model.config.vocab_size
     rows = VocabRows(
         bias=line(0, np.float32, vocab),
         prompt=line(False, np.bool_, vocab),
         counts=line(0, np.int32, vocab),
         mask=line(0, np.uint32, -(-vocab // 32)),
     )
-    return DecodeState(Slots.nobodys(line), layers, rows)
+    return DecodeState(Slots.nobodys(line), empty_layers(model, pages, page_size), rows)
+
+
+def empty_drafts(
+    model: Decoder, draft: Decoder | None, slots: int, pages: int, page_size: int, gain: float
+) -> Drafts:
+    """Returns what drafts are made from, of the size of `empty_state`.
+
+    Args:
+        model: from `for_serving`.
+        draft: likewise, if there is one.
+        slots: as there.
+        pages: as there.
+        page_size: as there.
+        gain: drafts that are expected to stand, before anything is known.
+    """
+    rules = model.rules.here()
+
+    def full(value, dtype, *shape):
+        return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
+
+    return Drafts(
+        history=full(0, np.int32, slots + 1, model.config.max_seq_len),
+        gain=full(gain, np.float32, slots + 1),
+        mean_gain=full(gain, np.float32),
+        known=full(0, np.int32, slots + 1),
+        layers=[] if draft is None else empty_layers(draft, pages, page_size),
+    )
+
+
+def empty_layers(model: Decoder, pages: int, page_size: int) -> list[LayerPages]:
+    """Returns the pages of a model's layers."""
+    config, rules = model.config, model.rules.here()
+    shards = model.rules.shards("batch", jax.sharding.get_abstract_mesh())
+    heads = (config.num_heads, config.num_kv_heads)
+    shape = (shards * pages, page_size * config.head_dim)
+    return [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from jaxgen.errors import UserError
 
 Weights = Literal["auto", "int8"]
+Speculation = Literal["off", "prompt_lookup", "draft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +30,29 @@ class EngineConfig:
     quarter of fp32, with a scale for each output channel. Answers are not quite the same."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
+    speculation: Speculation = "off"
+    """Where tokens come from that one step of the model verifies together: what followed the same
+    tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""
+    draft_tokens: int = 4
+    """Tokens guessed at once, at most."""
+    ngram: int = 3
+    """Tokens that must have occurred before, for prompt lookup to guess what follows."""
+    speculation_max_seqs: int = 8
+    """Requests that run at once, beyond which nothing is guessed: many rows keep the device busy
+    without."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20
     """Tokens of the prompts of waiting requests at most."""
 
     def __post_init__(self):
+        if self.speculation not in get_args(Speculation):
+            ways = ", ".join(get_args(Speculation))
+            raise UserError(f"speculation={self.speculation!r}; use one of {ways}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and value < 1:
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if number and value < 1:
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.weights not in get_args(Weights):
             raise UserError(f"weights={self.weights!r}; use one of {', '.join(get_args(Weights))}")

@@ -35,10 +35,17 @@ class EngineCore:
     `expert`, kv heads over `tensor`.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig, dtype: Dtype | None = None):
-        """Makes a copy of the model for decoding; see `for_serving`."""
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        dtype: Dtype | None = None,
+        draft: Decoder | None = None,
+    ):
+        """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
         self.config = config
-        self.runner = Runner(for_serving(model, dtype, config.weights), config)
+        draft = None if draft is None else for_serving(draft, dtype, config.weights)
+        self.runner = Runner(for_serving(model, dtype, config.weights), config, draft)
         self.pools = [
             Blocks(self.runner.num_pages, config.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)
@@ -50,11 +57,13 @@ class EngineCore:
             burst=config.burst,
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
+            width=1 if config.speculation == "off" else config.draft_tokens + 1,
+            wide_rows=config.speculation_max_seqs,
         )
         pool, layers = self.pools[0], self.runner.state.layers
         cost = StepCost.of(self.runner.model, layers, pool.num_blocks * pool.block_size)
         self.meter = DecodeMeter(cost, self.runner.shards, peak(mesh_device()))
-        self.tokens_generated = 0
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
         self._flying: deque[list[Delivery]] = deque()
@@ -119,8 +128,13 @@ class EngineCore:
         came = []
         with self.changed:
             for delivery, rows in fetched:
+                if delivery.guessed is not None:
+                    drafted, accepted = np.asarray(delivery.guessed).tolist()
+                    self.tokens_drafted += drafted
+                    self.tokens_accepted += accepted
+                counts = {"asked": delivery.asked, "promised": delivery.promised}
                 for row, tokens, logprobs in rows:
-                    taken = self.scheduler.deliver(row, tokens, logprobs, asked=delivery.asked)
+                    taken = self.scheduler.deliver(row, tokens, logprobs, **counts)
                     self.tokens_generated += len(taken)
                     came.append((row.request, taken))
         return came

@@ -19,10 +19,15 @@ class Delivery(NamedTuple):
     """Places in B, and whose they are."""
     asked: int
     """Tokens for each at most."""
+    promised: int
+    """Tokens for each unless it ends."""
     scores: Scores
     """Of the tokens."""
     begun_s: float | None = None
-    """When it was dispatched, by `time.perf_counter`, if it decodes and nothing is read before."""
+    """When it was dispatched, by `time.perf_counter`, if it decodes a token a step and
+    nothing is read before."""
+    guessed: jax.Array | None = None
+    """How many tokens were guessed for all rows, and how many of them stood."""
 
     @property
     def constrained(self) -> bool:
@@ -31,8 +36,7 @@ class Delivery(NamedTuple):
 
     def copy_to_host(self) -> None:
         """Begins to bring to the host what `fetch` will look at."""
-        for array in (self.tokens, *(self.scores if self._scored else ())):
-            array.copy_to_host_async()
+        jax.copy_to_host_async((self.tokens, self.guessed, self.scores if self._scored else None))
 
     def fetch(self) -> list[tuple[Row, list[int], list[TokenLogprobs]]]:
         """Waits for the device and returns the tokens of each row, scored where it asks for it."""
@@ -40,13 +44,14 @@ class Delivery(NamedTuple):
         scores = jax.tree.map(np.asarray, self.scores) if self._scored else None
         came = []
         for at, row in self.rows:
-            mine, count = [t for t in tokens[at].tolist() if t >= 0], row.request.sampling.logprobs
+            places = np.flatnonzero(tokens[at] >= 0)
+            mine, count = tokens[at][places].tolist(), row.request.sampling.logprobs
             logprobs: list[TokenLogprobs] = []
             if scores is not None and count is not None:
-                drawn = scores.drawn[at].reshape(-1).tolist()
+                drawn = scores.drawn[at].reshape(-1)[places].tolist()
                 width = scores.top.shape[-1]
-                top = scores.top[at].reshape(-1, width)[:, :count].tolist()
-                ids = scores.tokens[at].reshape(-1, width)[:, :count].tolist()
+                top = scores.top[at].reshape(-1, width)[places, :count].tolist()
+                ids = scores.tokens[at].reshape(-1, width)[places, :count].tolist()
                 logprobs = [
                     TokenLogprobs(drawn[i], tuple(zip(ids[i], top[i], strict=True)))
                     for i in range(len(mine))

@@ -40,6 +40,10 @@ class EngineStats:
     """Of these, those that the prefix cache had."""
     tokens_generated: int
     """Tokens of answers."""
+    tokens_drafted: int
+    """Tokens that were guessed for the model to verify."""
+    tokens_accepted: int
+    """Of these, those that it drew itself."""
     preemptions: int
     """Times that a request lost its place to others."""
     compilations: int
@@ -73,6 +77,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         dtype: Dtype | None = None,
+        draft: Decoder | None = None,
     ):
         """Compiles everything and starts the thread.
 
@@ -81,16 +86,19 @@ class Engine:
             tokenizer: for prompts and answers that are text; its end of text ends every answer.
             config: how many requests it serves at once, and how.
             dtype: of weights and cache; None for that of `for_serving`.
+            draft: a smaller model of the same vocabulary on the same mesh, for
+                `speculation="draft"`.
 
         Raises:
-            UserError: the mesh cannot serve, or is one of several processes.
+            UserError: the mesh cannot serve, or is one of several processes; the draft model does
+                not suit the model.
         """
         if jax.process_count() > 1:
             raise UserError(
                 f"an engine serves from one process and there are {jax.process_count()}, which "
                 "would each see other requests first; use jaxgen.Generator, alike in all of them"
             )
-        self._core = EngineCore(model, config or EngineConfig(), dtype)
+        self._core = EngineCore(model, config or EngineConfig(), dtype, draft)
         self._tokenizer = tokenizer
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
@@ -207,6 +215,8 @@ class Engine:
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,
+                tokens_drafted=core.tokens_drafted,
+                tokens_accepted=core.tokens_accepted,
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,

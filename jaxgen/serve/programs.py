@@ -68,8 +68,9 @@ def read(
     done = ~chunks.last | _stops(chunks.asked, drawn) | (ends + 1 >= chunks.asked.limits)
     lines = chunks.asked._replace(tokens=drawn, positions=ends, done=done)
     slots = jax.tree.map(lambda old, new: old.at[chunks.slots].set(new), state.slots, lines)
-    vocab = _count(state.vocab, chunks.slots, drawn[:, None], chunks.asked.shaped)
-    return DecodeState(slots, cache.layers, vocab), drawn, _whole(scores, wanted)
+    vocab = count(state.vocab, chunks.slots, drawn[:, None], chunks.asked.shaped)
+    state = state._replace(slots=slots, layers=cache.layers, vocab=vocab)
+    return state, drawn, whole(scores, wanted)
 
 
 def decode(
@@ -144,8 +145,8 @@ def decode(
         done=back(state.slots.done, lines.done),
     )
     out = reshard(out, spread(None, None))
-    vocab = _count(state.vocab, slots, out, asked.shaped)
-    return DecodeState(kept, layers, vocab), out, _whole(scores, wanted)
+    vocab = count(state.vocab, slots, out, asked.shaped)
+    return state._replace(slots=kept, layers=layers, vocab=vocab), out, whole(scores, wanted)
 
 
 def next_tokens(
@@ -183,7 +184,7 @@ def mask(vocab: VocabRows, slots: Int[Array, " B"], masks: UInt32[Array, "B W"])
     return vocab._replace(mask=vocab.mask.at[slots].set(masks))
 
 
-def _count(
+def count(
     vocab: VocabRows,
     slots: Int[Array, " B"],
     tokens: Int[Array, "B K"],
@@ -195,15 +196,15 @@ def _count(
     return vocab._replace(counts=counts)
 
 
-def _whole(scores: Scores, wanted: Wanted) -> Scores:
+def whole(scores: Scores, wanted: Wanted) -> Scores:
     """Brings scores to every device, if any row asks for them."""
     size = scores.drawn.shape
     none = functools.partial(Scores.zeros, scores.top.shape[-1], jax.P(*[None] * len(size)), *size)
 
-    def whole() -> Scores:
+    def all_of_it() -> Scores:
         return jax.tree.map(lambda x: reshard(x, jax.P(*[None] * x.ndim)), scores)
 
-    return lax.cond(wanted.logprobs, whole, none)
+    return lax.cond(wanted.logprobs, all_of_it, none)
 
 
 def _stops(asked: Slots, tokens: Int[Array, " B"]) -> Bool[Array, " B"]:

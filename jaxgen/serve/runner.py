@@ -1,14 +1,14 @@
 """Runs the scheduler's plans: which program, with which arguments, compiled when.
 
 The programs are a lattice of few shapes: `read` for chunks of 16, 32, ... `prefill_chunk` tokens of
-one row a shard, `decode` for 1, 2, 4, ... rows a shard; and small ones, `shape` for one request,
-`mask` for 1, 2, 4, ... of them. Everything else is traced: how long a burst
-is, how long contexts are, what each row asks for.
+one row a shard, `decode` for 1, 2, 4, ... rows a shard, or `speculate` in its place for as many as
+that may be on for; and small ones, `shape` and `note` for one request, `mask` for 1, 2, 4, ... of
+them. Everything else is traced: how long a burst is, how long contexts are, what each row asks for.
 """
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -19,12 +19,13 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
-from jaxgen.serve.cache import DecodeState, Slots, empty_state
+from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
+from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
 from jaxgen.serve.programs import Chunks, decode, mask, read, shape
-from jaxgen.serve.sampler import Scores
 from jaxgen.serve.scheduler import Burst, Chunk, Plan, Row
+from jaxgen.serve.speculate import speculate
 
 SMALLEST_CHUNK = 16
 # Where devices state no limit, as CPU does: what the pages of a shard take at most.
@@ -32,8 +33,9 @@ DEFAULT_KV_BYTES = 1 << 30
 # XLA compiles on one core for the most part, and holds some GB for a large program.
 COMPILE_THREADS = 4
 
-Key = tuple[Literal["read", "decode", "shape", "mask"], int]
-"""A program: its name, and the chunk's tokens, the rows of a shard or those of all."""
+Key = tuple[Literal["read", "decode", "speculate", "shape", "mask", "note"], int]
+"""A program: its name, and the chunk's tokens, the rows of a shard, those of all or a prompt's
+tokens."""
 
 
 class Runner:
@@ -49,9 +51,11 @@ class Runner:
         compilations: programs compiled so far.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig):
+    def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None):
         """Compiles what it needs to find room for the pages, where devices state their memory."""
-        self.model, self.config = model, config
+        check_draft(model, draft, config)
+        self.model, self.config, self.draft = model, config, draft
+        self.speculates = config.speculation != "off"
         self.mesh = jax.sharding.get_mesh()
         self.shards = model.rules.shards("batch", self.mesh)
         self.slots_per_shard = -(-config.max_num_seqs // self.shards)
@@ -60,7 +64,7 @@ class Runner:
         self._sealed = False
         self._programs: dict[Key, jax.stages.Compiled] = {}
         # A module is flattened by Python code: once, and not for every call.
-        self._weights, self._structure = jax.tree.flatten(model)
+        self._weights, self._structure = jax.tree.flatten((model, draft))
         # XLA's CPU product of one bf16 row runs at a tenth of the speed of two.
         slow = mesh_device().platform == "cpu" and model.dtype == jnp.bfloat16
         self._smallest_batch = 2 if slow else 1
@@ -73,9 +77,10 @@ class Runner:
         chunks = {self._chunk_size(n) for n in range(1, self.config.prefill_chunk + 1)}
         batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
         reads: list[Key] = [("read", chunk) for chunk in sorted(chunks)]
-        decodes: list[Key] = [("decode", batch) for batch in sorted(batches)]
+        decodes: list[Key] = [(self._kind(batch), batch) for batch in sorted(batches)]
         masks: list[Key] = [("mask", 1 << n) for n in range((self._nobody - 1).bit_length() + 1)]
-        return [*reads, *decodes, ("shape", 1), *masks]
+        notes: list[Key] = [("note", self.model.config.max_seq_len)] * self.speculates
+        return [*reads, *decodes, ("shape", 1), *masks, *notes]
 
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
@@ -92,13 +97,17 @@ class Runner:
     def compile_for(self, num_requests: int) -> None:
         """Compiles the decoding of so many requests at once."""
         per_shard = min(-(-num_requests // self.shards), self.slots_per_shard)
-        self.compile([("decode", self._batch_size(per_shard))])
+        batch = self._batch_size(per_shard)
+        self.compile([(self._kind(batch), batch)])
 
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
         deliveries = [self._read(chunks) for chunks in plan.rounds]
-        begun_s = None if plan.rounds else time.perf_counter()
-        deliveries += [self._decode(burst)._replace(begun_s=begun_s) for burst in plan.bursts]
+        now = time.perf_counter()
+        for burst in plan.bursts:
+            # What is timed is a step of one token a row, and nothing else.
+            plain = burst.width == 1 and not plan.rounds
+            deliveries.append(self._decode(burst)._replace(begun_s=now if plain else None))
         deliveries = [delivery for delivery in deliveries if delivery.rows]
         for delivery in deliveries:
             delivery.copy_to_host()
@@ -119,9 +128,18 @@ class Runner:
         begins = [chunk.row for chunk in chunks if chunk.last]
         for row in begins:
             self._shape(row)
+            self._note(row)
         self._mask([row for row in begins if row.request.length < row.request.masked_until])
         tokens, scores = self._run(("read", size), args)
-        return Delivery(tokens, [(row.shard, row) for row in begins], 1, scores)
+        return Delivery(tokens, [(row.shard, row) for row in begins], 1, 1, scores)
+
+    def _note(self, row: Row) -> None:
+        """Tells the device of all tokens of a row, if it guesses from them."""
+        if self.speculates:
+            length = self.model.config.max_seq_len
+            tokens = np.zeros(length, np.int32)
+            tokens[: len(row.tokens)] = row.tokens
+            self._write(("note", length), np.int32(row.slot), tokens)
 
     def _shape(self, row: Row) -> None:
         """Tells the device of a row's bias and of the tokens it has, if it has to know."""
@@ -150,8 +168,9 @@ class Runner:
         batch = self._batch_size(max(map(len, by_shard)))
         if not self._sealed:
             # A larger batch costs less than a compilation, as the last requests of many end.
-            ready = [n for name, n in self._programs if name == "decode" and n >= batch]
+            ready = [n for kind, n in self._programs if kind == self._kind(n) and n >= batch]
             batch = min(ready, default=batch)
+        kind = self._kind(batch)
         table, slots = self._no_rows(batch)
         places = []
         for shard, mine in enumerate(by_shard):
@@ -159,18 +178,24 @@ class Runner:
                 table[at, : len(row.blocks)], slots[at] = row.blocks, row.slot
                 places.append((at, row))
         self._mask([row for row in burst.rows if row.request.mask is not None])
-        tokens, scores = self._run(("decode", batch), table, slots, np.int32(burst.steps))
-        return Delivery(tokens, places, burst.steps, scores)
+        wide = [np.bool_(burst.width > 1)] * (kind == "speculate")
+        made = self._run((kind, batch), table, slots, np.int32(burst.steps), *wide)
+        tokens, scores, *guessed = made
+        return Delivery(tokens, places, burst.steps * burst.width, burst.steps, scores, *guessed)
 
-    def _run(self, key: Key, *args: Any) -> tuple[jax.Array, Scores]:
-        self.state, *came = self._program(key)(self._weights, self.state, *args)
-        tokens, scores = came
-        return tokens, scores
+    def _run(self, key: Key, *args: Any) -> list[Any]:
+        self.state, *came = self._compiled(key)(self._weights, self.state, *args)
+        return came
 
     def _write(self, key: Key, *args: Any) -> None:
-        self.state = self.state._replace(vocab=self._program(key)(self.state.vocab, *args))
+        program, state = self._compiled(key), self.state
+        if key[0] != "note":
+            self.state = state._replace(vocab=program(state.vocab, *args))
+        elif state.drafts is not None:
+            history = program(state.drafts.history, *args)
+            self.state = state._replace(drafts=state.drafts._replace(history=history))
 
-    def _program(self, key: Key) -> jax.stages.Compiled:
+    def _compiled(self, key: Key) -> jax.stages.Compiled:
         if key not in self._programs:
             assert not self._sealed, f"{key} is not among the programs compiled ahead"
             self.compile([key])
@@ -216,6 +241,11 @@ class Runner:
         """The slot of rows that only fill a batch."""
         return self.shards * self.slots_per_shard
 
+    def _kind(self, batch: int) -> Literal["decode", "speculate"]:
+        """The program that decodes so many rows a shard."""
+        most = min(self.config.speculation_max_seqs, self.slots_per_shard)
+        return "speculate" if self.speculates and batch <= self._batch_size(most) else "decode"
+
     def _chunk_size(self, tokens: int) -> int:
         power = max(SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
         return min(power, self.config.prefill_chunk)
@@ -224,23 +254,30 @@ class Runner:
         return max(self._smallest_batch, 1 << (rows - 1).bit_length())
 
     def _empty(self, num_pages: int) -> DecodeState:
-        return empty_state(self.model, self._nobody, num_pages, self.config.block_size)
+        sizes = (self._nobody, num_pages, self.config.block_size)
+        state = empty_state(self.model, *sizes)
+        if not self.speculates:
+            return state
+        gain = self.config.draft_tokens / 2
+        return state._replace(drafts=empty_drafts(self.model, self.draft, *sizes, gain))
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key
         host: tuple[Any, ...]
         if name == "read":
-            program, host = read, (self._no_chunks(size),)
-        elif name == "decode":
-            program = functools.partial(decode, burst=self.config.burst)
-            host = (*self._no_rows(size), np.int32(0))
+            host = (self._no_chunks(size),)
         elif name == "shape":
-            program, host = shape, self._no_shape()
+            host = self._no_shape()
+        elif name == "mask":
+            host = self._no_masks(size)
+        elif name == "note":
+            host = (np.int32(0), np.zeros(size, np.int32))
         else:
-            program, host = mask, self._no_masks(size)
+            host = (*self._no_rows(size), np.int32(0), *[np.False_] * (name == "speculate"))
 
         def call(weights, state, *host):
-            return program(jax.tree.unflatten(self._structure, weights), state, *host)
+            model, draft = jax.tree.unflatten(self._structure, weights)
+            return self._large(name, model, draft)(state, *host)
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
@@ -253,33 +290,41 @@ class Runner:
                 ),
                 state,
             )
-            if name in ("read", "decode"):
-                lowered = jax.jit(call, donate_argnums=1).lower(self._weights, state, *host)
+            small = {"shape": shape, "mask": mask, "note": note}
+            if name in small:
+                part = state.drafts.history if name == "note" else state.vocab
+                lowered = jax.jit(small[name], donate_argnums=0).lower(part, *host)
             else:
-                lowered = jax.jit(program, donate_argnums=0).lower(state.vocab, *host)
+                lowered = jax.jit(call, donate_argnums=1).lower(self._weights, state, *host)
             compiled = lowered.compile()
         self.compilations += 1
         return compiled
+
+    def _large(self, name: str, model: Decoder, draft: Decoder | None) -> Callable[..., Any]:
+        """A program that runs a model."""
+        if name == "speculate":
+            return functools.partial(speculate, model, draft, config=self.config)
+        if name == "read":
+            both = functools.partial(read_both, model, draft)
+            return both if self.speculates else functools.partial(read, model)
+        program = decode_noting if self.speculates else decode
+        return functools.partial(program, model, burst=self.config.burst)
 
     def _room(self) -> int:
         """Pages of each shard: what the largest programs leave of a device's memory.
 
         At most all that `max_num_seqs` sequences of full length need.
         """
-        config = self.model.config
-        rules = self.model.rules.here()
-        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
-        heads = per_page // self.model.rules.shards("heads", self.mesh)
-        page = heads * self.config.block_size * config.head_dim * self.model.dtype.itemsize
-        page *= 2 * config.num_layers
+        page = self._page_bytes(self.model)
+        if self.draft is not None:
+            page += self._page_bytes(self.draft)
         device = jax.local_devices()[0]
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES
         if "bytes_limit" in memory:
-            largest: list[Key] = [
-                ("read", self.config.prefill_chunk),
-                ("decode", self._batch_size(self.slots_per_shard)),
-            ]
+            batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
+            last: dict[str, Key] = {self._kind(n): (self._kind(n), n) for n in sorted(batches)}
+            largest: list[Key] = [("read", self.config.prefill_chunk), *last.values()]
             # What a program needs besides the pages does not depend on their number.
             needs: list[Any] = [self._compile(key, 2).memory_analysis() for key in largest]
             # Twice: a program is started before the last one has given its memory back. The state
@@ -293,3 +338,11 @@ class Runner:
         pages = min(room // page, self.slots_per_shard * self.table_width + 1)
         # All processes must plan alike.
         return int(np.min(multihost_utils.process_allgather(np.int32(pages))))
+
+    def _page_bytes(self, model: Decoder) -> int:
+        """Of one page of one shard, on each of its devices."""
+        config, rules = model.config, model.rules.here()
+        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
+        heads = per_page // model.rules.shards("heads", self.mesh)
+        size = heads * self.config.block_size * config.head_dim * model.dtype.itemsize
+        return 2 * config.num_layers * size

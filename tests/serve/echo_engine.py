@@ -61,9 +61,13 @@ class Echo:
             return [(row, tokens, logprobs)]
 
         constrained = row.request.constraint is not None
-        return types.SimpleNamespace(
-            fetch=fetch, asked=steps, constrained=constrained, begun_s=time.perf_counter()
-        )
+        counts = {
+            "asked": steps,
+            "promised": steps,
+            "guessed": None,
+            "begun_s": time.perf_counter(),
+        }
+        return types.SimpleNamespace(fetch=fetch, constrained=constrained, **counts)
 
 
 def token_of(request, at):
@@ -89,7 +93,8 @@ class EchoCore(EngineCore):
         )
         cost = StepCost(1, 0, 0.0, (None,), 1.0, 1.0, 1.0)
         self.meter = DecodeMeter(cost, shards=1, peak=None)
-        self.tokens_generated, self.changed = 0, threading.Condition()
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
+        self.changed = threading.Condition()
         self._flying = deque()
 
 

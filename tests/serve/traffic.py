@@ -76,6 +76,7 @@ class Device:
     """Runs plans at once, and remembers what came of them until it is read."""
 
     def __init__(self, shards, blocks):
+        self.random = random.Random(blocks)
         self.memory = [[[None] * BLOCK for _ in range(blocks)] for _ in range(shards)]
         self.slots = {}
         self.unread = deque()
@@ -114,22 +115,27 @@ class Device:
                     token = drawn(state, row.request.mask)
                     done = token == STOP or len(row.tokens) + 1 == row.request.limit
                     self.slots[row.slot] = [token, len(row.tokens), done]
-                    got.append((row, [token], 1))
-        for row, steps in [(row, burst.steps) for burst in plan.bursts for row in burst.rows]:
+                    got.append((row, [token], 1, 1))
+        for row, burst in [(row, each) for each in plan.bursts for row in each.rows]:
+            steps, limit = burst.steps, row.request.limit
             token, place, done = self.slots[row.slot]
             if row.request.constraint is not None:  # Its mask is of what follows the last token.
-                assert steps == 1
+                assert steps == burst.width == 1
                 assert row.request.output[-1] == token
             tokens = []
             for _ in range(steps):
-                if done:
-                    break
-                state = self.write(row, row.blocks, place, token)
-                token, place = drawn(state, row.request.mask), place + 1
-                tokens.append(token)
-                done = token == STOP or place + 1 == row.request.limit
+                # All but the last of these were guessed, and so were more, which did not stand.
+                guessed = place if done else min(place + burst.width, limit - 1)
+                for _ in range(self.random.randint(1, burst.width)):
+                    if not done:
+                        state = self.write(row, row.blocks, place, token)
+                        token, place = drawn(state, row.request.mask), place + 1
+                        tokens.append(token)
+                        done = token == STOP or place + 1 == limit
+                for behind in range(place, guessed):
+                    self.write(row, row.blocks, behind, VOCAB)
             self.slots[row.slot] = [token, place, done]
-            got.append((row, tokens, steps))
+            got.append((row, tokens, steps * burst.width, steps))
         self.unread.append(got)
 
 
@@ -137,7 +143,17 @@ class Traffic:
     """Random requests and cancellations; what must hold is checked as they go."""
 
     def __init__(
-        self, seed, *, shards, blocks, slots, prefix_cache=True, chunk=12, burst=4, constrained=0
+        self,
+        seed,
+        *,
+        shards,
+        blocks,
+        slots,
+        prefix_cache=True,
+        chunk=12,
+        burst=4,
+        constrained=0,
+        width=1,
     ):
         self.random = random.Random(seed)
         self.pools = [Blocks(blocks, BLOCK, prefix_cache=prefix_cache) for _ in range(shards)]
@@ -148,6 +164,8 @@ class Traffic:
             burst=burst,
             max_queued_requests=12,
             max_queued_tokens=200,
+            width=width,
+            wide_rows=3,
         )
         self.constrained = constrained
         self.device = Device(shards, blocks)
@@ -178,8 +196,8 @@ class Traffic:
         if plan:
             self.device.run(plan)
         while len(self.device.unread) > (lag if plan else 0):
-            for row, tokens, asked in self.device.unread.popleft():
-                self.scheduler.deliver(row, tokens, asked=asked)
+            for row, tokens, asked, promised in self.device.unread.popleft():
+                self.scheduler.deliver(row, tokens, asked=asked, promised=promised)
         for request in [request for request in self.live if request.finish_reason]:
             self.live.remove(request)
             if request.finish_reason == "cancelled":
@@ -221,6 +239,7 @@ SETTINGS = {
     "two_shards": {"shards": 2, "blocks": 16, "slots": 3},
     "no_prefix_cache": {"shards": 1, "blocks": 16, "slots": 4, "prefix_cache": False},
     "constrained": {"shards": 2, "blocks": 16, "slots": 3, "constrained": 0.5},
+    "guessing": {"shards": 2, "blocks": 16, "slots": 3, "constrained": 0.2, "width": 4},
     "one_step": {"shards": 1, "blocks": 14, "slots": 2, "chunk": 4, "burst": 1},
 }
 
