@@ -42,6 +42,8 @@ class EngineCore:
         self.tokens_generated = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
+        self.cancelled: list[Request] = []
+        """Those whose end whoever waits for them has to be told of."""
         self._flying: deque[list[Delivery]] = deque()
 
     def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
@@ -68,6 +70,8 @@ class EngineCore:
     def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
         """Ends a request at once; its memory is free."""
         with self.changed:
+            if request.finish_reason is None and reason == "cancelled":
+                self.cancelled.append(request)
             self.scheduler.cancel(request, reason)
 
     def step(self) -> list[tuple[Request, list[int]]]:
@@ -102,3 +106,4 @@ class EngineCore:
         finally:
             for request in requests:
                 self.cancel(request)
+            self.cancelled.clear()

@@ -18,6 +18,8 @@ from jaxgen.serve.core import EngineCore
 from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
+_NEEDS_TOKENIZER = "texts need a tokenizer; give the engine one, or give it token ids"
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -112,6 +114,7 @@ class Engine:
         stop: Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
+        bounded: bool = True,
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -123,6 +126,7 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
+            bounded: whether it is refused where too many wait.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -130,15 +134,23 @@ class Engine:
             QueueFull: too many wait already.
             UserError: the model cannot answer this, or the engine is closed.
         """
-        return self._submit(
-            prompt,
-            sampling or SamplingConfig(),
-            stop_ids,
-            stop,
-            priority,
-            ignore_eos=ignore_eos,
-            deliver=deliver,
-        )
+        core, stops, stream = self._core, set(stop_ids), None
+        tokens, sampling = self._encode(prompt), sampling or SamplingConfig()
+        core.check("the prompt", tokens, sampling.max_tokens)
+        if self._tokenizer is not None:
+            stops |= set() if ignore_eos else {self._tokenizer.eos_id}
+            stream = TextStream(self._tokenizer)
+        elif stop:
+            raise UserError(_NEEDS_TOKENIZER)
+        request = Request(tuple(map(int, tokens)), sampling, frozenset(stops), priority)
+        answer = Answer(core, request, stream, list(stop), deliver)
+        with core.changed:
+            self._check_open()
+            if core.scheduler.idle:
+                self._moved = time.monotonic()
+            core.submit(request, bounded=bounded)
+            self._answers[request] = answer
+        return answer
 
     def generate(
         self,
@@ -161,11 +173,12 @@ class Engine:
         """
         if sampling is None or isinstance(sampling, SamplingConfig):
             sampling = [sampling or SamplingConfig()] * len(prompts)
-        answers = []
+        tokens, answers = list(map(self._encode, prompts)), []
+        for i, (prompt, each) in enumerate(zip(tokens, sampling, strict=True)):
+            self._core.check(f"prompt {i}", prompt, each.max_tokens)
         try:
-            for i, (prompt, each) in enumerate(zip(prompts, sampling, strict=True)):
-                name = f"prompt {i}"
-                answer = self._submit(prompt, each, stop_ids, stop, 0, name=name, bounded=False)
+            for prompt, each in zip(tokens, sampling, strict=True):
+                answer = self.submit(prompt, each, stop_ids=stop_ids, stop=stop, bounded=False)
                 answers.append(answer)
             results = []
             with progress("generating", len(answers), in_bytes=False) as show:
@@ -225,40 +238,18 @@ class Engine:
             self._core.changed.notify_all()
         self._thread.join()
 
-    def _submit(
-        self,
-        prompt,
-        sampling,
-        stop_ids,
-        stop,
-        priority,
-        *,
-        name="the prompt",
-        bounded=True,
-        ignore_eos=False,
-        deliver=None,
-    ):
-        tokenizer, core, stream = self._tokenizer, self._core, None
-        stops = set(stop_ids)
-        if tokenizer is not None:
-            stops |= set() if ignore_eos else {tokenizer.eos_id}
-            stream = TextStream(tokenizer)
-            prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        elif isinstance(prompt, str) or stop:
-            raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        core.check(name, prompt, sampling.max_tokens)
-        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
-        answer = Answer(core, request, stream, list(stop), deliver)
-        with core.changed:
-            if self._error is not None:
-                raise UserError("the engine has failed; make another") from self._error
-            if self._closing:
-                raise UserError("the engine is closed; make another")
-            if core.scheduler.idle:
-                self._moved = time.monotonic()
-            core.submit(request, bounded=bounded)
-            self._answers[request] = answer
-        return answer
+    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise UserError(_NEEDS_TOKENIZER)
+        return self._tokenizer.encode_prompt(prompt)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise UserError("the engine has failed; make another") from self._error
+        if self._closing:
+            raise UserError("the engine is closed; make another")
 
     def _serve(self) -> None:
         try:
@@ -279,7 +270,7 @@ class Engine:
                 core.changed.wait()
             if self._closing:
                 for request in self._answers:
-                    core.scheduler.cancel(request)
+                    core.cancel(request)
             return not self._closing
 
     def _pass_on(self, request: Request, tokens: list[int]) -> None:
@@ -289,8 +280,9 @@ class Engine:
 
     def _sweep(self) -> None:
         """Ends the answers of requests that were cancelled."""
-        with self._core.changed:
-            cancelled = [each for each in self._answers if each.finish_reason == "cancelled"]
+        core = self._core
+        with core.changed:
+            cancelled, core.cancelled = core.cancelled, []
         for request in cancelled:
             self._pass_on(request, [])
 

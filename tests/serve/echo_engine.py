@@ -78,7 +78,7 @@ class EchoCore(EngineCore):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        self.tokens_generated, self.changed = 0, threading.Condition()
+        self.tokens_generated, self.changed, self.cancelled = 0, threading.Condition(), []
         self._flying = deque()
 
 
