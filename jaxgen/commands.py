@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,50 +125,51 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
-    from jaxgen.serve.keys import read_keys
+    from jaxgen.serve import keys
 
-    keys = read_keys(args.api_key_file or (), os.environ)
+    api_keys = keys.read_keys(args.api_key_file or (), os.environ)
+    admin_keys = keys.read_keys(
+        args.admin_key_file or (),
+        os.environ,
+        option="--admin-key-file",
+        variable=keys.ADMIN_VARIABLE,
+    )
     _start()
     import jax
 
     from jaxgen.pretrained import load_model
     from jaxgen.serve.engine import Engine
-    from jaxgen.serve.request import SamplingConfig
     from jaxgen.serve.schema import Served
     from jaxgen.sharding import make_mesh
 
     try:
+        from jaxgen.serve.admin import describe
         from jaxgen.serve.server import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"jaxgen serve needs {error.name}; install it with: pip install 'jaxgen[serve]'"
         ) from None
     name = args.name or Path(args.source).name
-    said = args.model.generation
-    # Where the model's makers say nothing, OpenAI's defaults.
-    defaults = SamplingConfig(
-        temperature=1.0 if said.temperature is None else said.temperature,
-        top_k=said.top_k or 0,
-        top_p=1.0 if said.top_p is None else said.top_p,
-    )
     mesh = make_mesh(config.mesh)
 
     def start() -> tuple[Served, Engine]:
+        began = time.monotonic()
+        _say(f"reading {args.source}")
+        version = args.model.fingerprint
         model, tokenizer = load_model(args.model, config, mesh)
+        read_s = time.monotonic() - began
+        _say(f"compiling, after {read_s:.1f} s")
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, config.engine)
-        served = Served(
-            name=name,
-            tokenizer=tokenizer,
-            vocab_size=config.model.vocab_size,
-            max_seq_len=engine.max_seq_len,
-            stop_ids=said.stop_ids,
-            defaults=defaults,
-            max_requests=config.engine.max_queued_requests,
-        )
-        return served, engine
+            engine = Engine(model, tokenizer, config.engine, weight_version=version)
+        compilations = engine.stats().compilations
+        _say(f"{compilations} programs compiled, ready after {time.monotonic() - began:.1f} s")
+        return describe(name, args.model, engine), engine
 
-    return serve(name, start, host=args.host, port=args.port, keys=keys)
+    return serve(name, start, host=args.host, port=args.port, keys=api_keys, admin_keys=admin_keys)
+
+
+def _say(text: str) -> None:
+    print("jaxgen:", text, file=sys.stderr, flush=True)
 
 
 def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
@@ -278,7 +280,7 @@ COMMANDS = {
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
         MODEL,
-        ("--host", "--port", "--name", "--api-key-file"),
+        ("--host", "--port", "--name", "--api-key-file", "--admin-key-file"),
         serves=True,
     ),
     "eval": Command(

@@ -90,5 +90,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "API keys, one a line, of which requests must bring one; so is JAXGEN_API_KEY "
         "(default: whoever reaches the server may ask)",
     },
+    "--admin-key-file": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "keys, one a line, with which the weights may be replaced by POST /admin/reload; "
+        "so is JAXGEN_ADMIN_KEY (default: nobody may)",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

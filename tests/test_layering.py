@@ -43,7 +43,7 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE | {"nn", "models", "data", "progress", "config"},
+    "serve": BASE | {"nn", "models", "data", "progress", "config", "checkpoint", "pretrained"},
     "eval": BASE
     | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},

@@ -4,9 +4,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import jax
+
 from jaxgen.models.decoder import Decoder
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.reload import Source, stage
 from jaxgen.serve.request import FinishReason, Request, check_prompt
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
@@ -39,7 +42,7 @@ class EngineCore:
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        self.tokens_generated = 0
+        self.tokens_generated = self.reloads = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
         self.cancelled: list[Request] = []
@@ -83,8 +86,13 @@ class EngineCore:
             plan = self.scheduler.plan()
             if plan:
                 self._flying.append(self.runner.dispatch(plan))
-        if len(self._flying) < (2 if plan else 1):
-            return []
+        return [] if len(self._flying) < (2 if plan else 1) else self._land()
+
+    def land(self) -> list[tuple[Request, list[int]]]:
+        """Waits for all that the device was given, and returns what came of it."""
+        return [each for _ in range(len(self._flying)) for each in self._land()]
+
+    def _land(self) -> list[tuple[Request, list[int]]]:
         fetched = [(each, each.fetch()) for each in self._flying.popleft()]
         came = []
         with self.changed:
@@ -94,6 +102,28 @@ class EngineCore:
                     self.tokens_generated += len(taken)
                     came.append((row.request, taken))
         return came
+
+    def stage(self, source: Source) -> list[jax.Array]:
+        """Returns other weights on the host, for `replace`; in any thread.
+
+        Raises:
+            UserError: they are not there, damaged, not finite, or of another model.
+        """
+        running = self.runner.model
+        dtype = running.compute.dtype
+        return stage(source, running, lambda model: for_serving(model, dtype))
+
+    def replace(self, staged: list[jax.Array]) -> None:
+        """Goes on with other weights, which `stage` has returned, once everything has landed.
+
+        Running requests are read again: each next token is drawn by one set of weights from all
+        text before it.
+        """
+        self.reloads += 1
+        with self.changed:
+            # A number: weights whose names are alike need not be.
+            self.scheduler.restart(str(self.reloads).encode())
+        self.runner.replace(staged)
 
     def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
         """Serves requests, and no others, to their ends, and tells how many have ended."""

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import jax
 
@@ -11,13 +12,16 @@ from jaxgen.data.text_stream import TextStream
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
+from jaxgen.pretrained import Pretrained, open_model
 from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
+from jaxgen.serve.reload import Reloaded, ReloadRunning, Source, check_tokenizer
 from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
+_CLOSED = "the engine is closed; make another"
 _NEEDS_TOKENIZER = "texts need a tokenizer; give the engine one, or give it token ids"
 
 
@@ -41,6 +45,10 @@ class EngineStats:
     """Of these, those that the prefix cache had."""
     tokens_generated: int
     """Tokens of answers."""
+    weight_version: str
+    """Names the weights that answer."""
+    reloads: int
+    """Times that they were replaced."""
     preemptions: int
     """Times that a request lost its place to others."""
     compilations: int
@@ -66,6 +74,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         dtype: Dtype | None = None,
+        weight_version: str = "0",
     ):
         """Compiles everything and starts the thread.
 
@@ -74,6 +83,7 @@ class Engine:
             tokenizer: for prompts and answers that are text; its end of text ends every answer.
             config: how many requests it serves at once, and how.
             dtype: of weights and cache; None for that of `for_serving`.
+            weight_version: names the weights in what the engine says of itself.
 
         Raises:
             UserError: the mesh cannot serve, or is one of several processes.
@@ -88,9 +98,12 @@ class Engine:
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
         self._core.runner.compile_all()
-        self._begin()
+        self._begin(weight_version)
 
-    def _begin(self) -> None:
+    def _begin(self, weight_version: str) -> None:
+        self.weight_version = weight_version
+        self._reloading = threading.Lock()
+        self._staged: tuple[list[jax.Array], str, Future[float]] | None = None
         self._compiled = self._core.runner.compilations
         self._answers: dict[Request, Answer] = {}
         self._closing = False
@@ -191,6 +204,42 @@ class Engine:
             raise
         return results
 
+    def reload(self, source: Source, *, version: str | None = None) -> Reloaded:
+        """Goes on with other weights of the same model, and returns when they serve.
+
+        Requests wait meanwhile and none is lost; nothing is compiled. An answer that has begun goes
+        on where it is: its next token is what the new weights make of all text before it. They are
+        read and converted in the calling thread while the old ones serve, and replace those array
+        by array. If anything is wrong with them, the old ones stay.
+
+        Args:
+            source: a model, or where one is: a run directory, a checkpoint, a Hugging Face folder.
+            version: names the weights; None for the fingerprint of the files, or for a model the
+                number of reloads.
+
+        Raises:
+            ReloadRunning: another one is.
+            UserError: they are not there, damaged, not finite, or of another model.
+        """
+        if not self._reloading.acquire(blocking=False):
+            raise ReloadRunning("weights are being loaded already; try again when they are")
+        try:
+            began = time.monotonic()
+            core, swapped = self._core, Future()
+            if not isinstance(source, Decoder):
+                source = source if isinstance(source, Pretrained) else open_model(source)
+                check_tokenizer(source, self._tokenizer)
+                version = version or source.fingerprint
+            version, staged = version or str(core.reloads + 1), core.stage(source)
+            read_s = time.monotonic() - began
+            with core.changed:
+                self._check_open()
+                self._staged = staged, version, swapped
+                core.changed.notify_all()
+            return Reloaded(version, read_s, swapped.result())
+        finally:
+            self._reloading.release()
+
     def stats(self) -> EngineStats:
         """Returns what the engine does now and has done."""
         core = self._core
@@ -205,6 +254,8 @@ class Engine:
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,
+                weight_version=self.weight_version,
+                reloads=core.reloads,
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
@@ -249,24 +300,36 @@ class Engine:
         if self._error is not None:
             raise UserError("the engine has failed; make another") from self._error
         if self._closing:
-            raise UserError("the engine is closed; make another")
+            raise UserError(_CLOSED)
 
     def _serve(self) -> None:
         try:
             while self._wait():
+                if self._staged is not None:
+                    self._swap(*self._staged)
                 for request, tokens in self._core.step():
                     self._pass_on(request, tokens)
                 self._sweep()
                 self._moved = time.monotonic()
             self._sweep()
+            if self._staged is not None:
+                self._staged[2].set_exception(UserError(_CLOSED))
         except BaseException as error:
             self._fail(error)
+
+    def _swap(self, staged: list[jax.Array], version: str, swapped: Future[float]) -> None:
+        began = time.monotonic()
+        for request, tokens in self._core.land():
+            self._pass_on(request, tokens)
+        self._core.replace(staged)
+        self.weight_version, self._staged = version, None
+        swapped.set_result(time.monotonic() - began)
 
     def _wait(self) -> bool:
         """Waits for something to do; returns whether to go on."""
         core = self._core
         with core.changed:
-            while core.scheduler.idle and not self._answers and not self._closing:
+            while core.scheduler.idle and not (self._answers or self._staged or self._closing):
                 core.changed.wait()
             if self._closing:
                 for request in self._answers:
@@ -293,3 +356,5 @@ class Engine:
             self._answers.clear()
         for answer in answers:
             answer.fail(error)
+        if self._staged is not None:
+            self._staged[2].set_exception(error)

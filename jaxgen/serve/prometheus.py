@@ -109,6 +109,7 @@ class _EngineCollector:
             ),
             "generation_tokens": ("Tokens of answers.", stats.tokens_generated),
             "preemptions": ("Times that a request had to make room.", stats.preemptions),
+            "reloads": ("Times that the weights were replaced.", stats.reloads),
             "recompiles": ("Programs compiled since the engine was ready.", stats.recompiles),
         }
         kinds = (
@@ -123,3 +124,6 @@ class _EngineCollector:
         info = metrics_core.InfoMetricFamily("jaxgen_cache_config", "The paged cache.")
         info.add_metric([], {"block_size": str(stats.block_size), "num_blocks": str(stats.blocks)})
         yield info
+        weights = metrics_core.InfoMetricFamily("jaxgen_weights", "The weights that answer.")
+        weights.add_metric([], {"model_name": self._model, "version": stats.weight_version})
+        yield weights

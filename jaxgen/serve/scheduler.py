@@ -182,6 +182,24 @@ class Scheduler:
             row.pending = min(row.pending + steps, row.request.limit - row.request.length)
         return Plan(rounds, rows, steps)
 
+    def restart(self, salt: bytes) -> None:
+        """Has all rows read again, and nothing found that was cached before.
+
+        Nothing may be pending.
+
+        Args:
+            salt: one that has never been.
+        """
+        self.salt = salt
+        waiting = [entry[1] for entry in self._waiting]
+        self._waiting, self._queued_tokens = [], 0
+        for row in list(self.rows):
+            assert not row.pending, "tokens are still on their way"
+            self._leave(row)
+            waiting.append(row.request)
+        for request in waiting:
+            self._queue(request)
+
     def deliver(self, row: Row, tokens: Sequence[int], *, asked: int) -> list[int]:
         """Gives a row the tokens that came of a plan; returns those that belong to the answer.
 

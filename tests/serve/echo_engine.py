@@ -78,7 +78,8 @@ class EchoCore(EngineCore):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        self.tokens_generated, self.changed, self.cancelled = 0, threading.Condition(), []
+        self.tokens_generated = self.reloads = 0
+        self.changed, self.cancelled = threading.Condition(), []
         self._flying = deque()
 
 
@@ -88,7 +89,7 @@ class EchoEngine(Engine):
             max_num_seqs=slots, kv_blocks=blocks, max_queued_requests=queue, burst=4
         )
         self._core, self._tokenizer = EchoCore(config, step_s), tokenizer
-        self._begin()
+        self._begin("0")
 
     @property
     def idle(self):

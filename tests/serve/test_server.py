@@ -223,7 +223,7 @@ def test_keys_come_from_files_and_the_environment(tmp_path):
         read_keys([str(file)], {})
     with pytest.raises(ValueError, match="cannot be read"):
         read_keys([str(tmp_path / "none")], {})
-    with pytest.raises(ValueError, match="an API key is empty"):
+    with pytest.raises(ValueError, match="a key of --api-key-file or JAXGEN_API_KEY is empty"):
         read_keys([], {"JAXGEN_API_KEY": ""})
 
 
