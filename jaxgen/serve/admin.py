@@ -73,7 +73,7 @@ def reload(location: str, name: str, engine: Engine) -> tuple[Served, dict[str, 
     seconds = time.monotonic() - began
     print(
         f"reloaded: {location} as {done.weight_version} after {seconds:.1f} s, "
-        f"of which nobody was served for {done.pause_s:.2f} s",
+        f"of which nothing was computed for {done.pause_s:.3f} s",
         flush=True,
     )
     return described, {"previous_version": before, **done._asdict()}

@@ -318,9 +318,9 @@ class Engine:
             self._fail(error)
 
     def _swap(self, staged: list[jax.Array], version: str, swapped: Future[float]) -> None:
-        began = time.monotonic()
         for request, tokens in self._core.land():
             self._pass_on(request, tokens)
+        began = time.monotonic()
         self._core.replace(staged)
         self.weight_version, self._staged = version, None
         swapped.set_result(time.monotonic() - began)

@@ -30,7 +30,7 @@ class Reloaded(NamedTuple):
     read_s: float
     """For how long they were read and converted, while the old ones served."""
     pause_s: float
-    """For how long nobody was served."""
+    """For how long nothing was computed; then what runs is read again."""
 
 
 Source = Decoder | Pretrained | str | os.PathLike

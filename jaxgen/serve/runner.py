@@ -7,7 +7,7 @@ is, how long contexts are, what each row asks for.
 
 import functools
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
+from jaxgen.progress import progress
 from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import Chunks, decode, read
@@ -91,9 +92,14 @@ class Runner:
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._programs]
-        with ThreadPoolExecutor(COMPILE_THREADS) as threads:
-            compiled = threads.map(lambda key: self._compile(key, self.num_pages), missing)
-            self._programs.update(zip(missing, compiled, strict=True))
+        with (
+            progress(f"compiling {len(missing)} programs", len(missing), in_bytes=False) as show,
+            ThreadPoolExecutor(COMPILE_THREADS) as threads,
+        ):
+            started = {threads.submit(self._compile, key, self.num_pages): key for key in missing}
+            for done, future in enumerate(as_completed(started), start=1):
+                self._programs[started[future]] = future.result()
+                show(done)
 
     def compile_all(self) -> None:
         """Compiles the whole lattice; from now on nothing is compiled, whatever comes."""
@@ -169,7 +175,7 @@ class Runner:
     def _run(self, key: Key, *args: Any) -> jax.Array:
         if key not in self._programs:
             assert not self._sealed, f"{key} is not among the programs compiled ahead"
-            self.compile([key])
+            self._programs[key] = self._compile(key, self.num_pages)
         self.state, tokens = self._programs[key](self._weights, self.state, *args)
         return tokens
 
