@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,56 +119,55 @@ def _load_draft(args: argparse.Namespace, config: Any, mesh: Any) -> Any:
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
-    from jaxgen.serve.keys import read_keys
+    from jaxgen.serve import keys
 
-    keys = read_keys(args.api_key_file or (), os.environ)
+    api_keys = keys.read_keys(args.api_key_file or (), os.environ)
+    admin_keys = keys.read_keys(
+        args.admin_key_file or (),
+        os.environ,
+        option="--admin-key-file",
+        variable=keys.ADMIN_VARIABLE,
+    )
     _start()
     import jax
 
     from jaxgen.pretrained import load_model
     from jaxgen.serve.engine import Engine
-    from jaxgen.serve.request import SamplingConfig
     from jaxgen.serve.schema import Served
     from jaxgen.sharding import make_mesh
 
     try:
+        from jaxgen.serve.admin import describe
         from jaxgen.serve.server import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"jaxgen serve needs {error.name}; install it with: pip install 'jaxgen[serve]'"
         ) from None
     name = args.name or Path(args.source).name
-    said = args.model.generation
-    # Where the model's makers say nothing, OpenAI's defaults.
-    defaults = SamplingConfig(
-        temperature=1.0 if said.temperature is None else said.temperature,
-        top_k=said.top_k or 0,
-        top_p=1.0 if said.top_p is None else said.top_p,
-        min_p=said.min_p or 0.0,
-        repetition_penalty=said.repetition_penalty or 1.0,
-    )
     mesh = make_mesh(config.mesh)
     settings = config.engine
     if args.draft is not None and "engine.speculation" not in args.overrides:
         settings = dataclasses.replace(settings, speculation="draft")
 
     def start() -> tuple[Served, Engine]:
+        began = time.monotonic()
+        _say(f"reading {args.source}")
+        version = args.model.fingerprint
         model, tokenizer = load_model(args.model, config, mesh)
         draft = _load_draft(args, config, mesh)
+        read_s = time.monotonic() - began
+        _say(f"compiling, after {read_s:.1f} s")
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, settings, draft=draft)
-        served = Served(
-            name=name,
-            tokenizer=tokenizer,
-            vocab_size=config.model.vocab_size,
-            max_seq_len=engine.max_seq_len,
-            stop_ids=said.stop_ids,
-            defaults=defaults,
-            max_requests=config.engine.max_queued_requests,
-        )
-        return served, engine
+            engine = Engine(model, tokenizer, settings, draft=draft, weight_version=version)
+        compilations = engine.stats().compilations
+        _say(f"{compilations} programs compiled, ready after {time.monotonic() - began:.1f} s")
+        return describe(name, args.model, engine), engine
 
-    return serve(name, start, host=args.host, port=args.port, keys=keys)
+    return serve(name, start, host=args.host, port=args.port, keys=api_keys, admin_keys=admin_keys)
+
+
+def _say(text: str) -> None:
+    print("jaxgen:", text, file=sys.stderr, flush=True)
 
 
 def _convert_from_gguf(args: argparse.Namespace, config: Any) -> None:
@@ -323,7 +323,7 @@ COMMANDS = {
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
         MODEL,
-        ("--host", "--port", "--name", "--api-key-file", "--draft"),
+        ("--host", "--port", "--name", "--api-key-file", "--admin-key-file", "--draft"),
         serves=True,
     ),
     "eval": Command(

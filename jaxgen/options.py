@@ -145,5 +145,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "a smaller model of the same vocabulary, whose guesses MODEL verifies several at a "
         "time; answers stay the same",
     },
+    "--admin-key-file": {
+        "action": "append",
+        "metavar": "FILE",
+        "help": "keys, one a line, with which the weights may be replaced by POST /admin/reload; "
+        "so is JAXGEN_ADMIN_KEY (default: nobody may)",
+    },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

@@ -44,7 +44,9 @@ ALLOWED = {
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
     | {"fields", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
-    "serve": BASE | {"fields", "peaks", "progress", "tables", "nn", "models", "data", "config"},
+    "serve": BASE
+    | {"fields", "peaks", "progress", "tables", "nn", "models", "data", "config"}
+    | {"checkpoint", "pretrained"},
     "eval": BASE
     | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},

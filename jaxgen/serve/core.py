@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from jaxgen.errors import UserError
@@ -12,6 +13,7 @@ from jaxgen.nn.attention import mesh_device
 from jaxgen.peaks import peak
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.reload import Source, stage
 from jaxgen.serve.request import (
     FinishReason,
     Request,
@@ -63,9 +65,11 @@ class EngineCore:
         pool, layers = self.pools[0], self.runner.state.layers
         cost = StepCost.of(self.runner.model, layers, pool.num_blocks * pool.block_size)
         self.meter = DecodeMeter(cost, self.runner.shards, peak(mesh_device()))
-        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = self.reloads = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
+        self.cancelled: list[Request] = []
+        """Those whose end whoever waits for them has to be told of."""
         self._flying: deque[list[Delivery]] = deque()
 
     def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
@@ -103,6 +107,8 @@ class EngineCore:
     def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
         """Ends a request at once; its memory is free."""
         with self.changed:
+            if request.finish_reason is None and reason == "cancelled":
+                self.cancelled.append(request)
             self.scheduler.cancel(request, reason)
 
     def step(self) -> list[tuple[Request, list[int]]]:
@@ -120,6 +126,15 @@ class EngineCore:
                 self._flying.append([each for each in deliveries if not each.constrained])
         if len(self._flying) >= (2 if plan else 1):
             due = self._flying.popleft() + due
+        return self._land(due)
+
+    def land(self) -> list[tuple[Request, list[int]]]:
+        """Waits for all that the device was given, and returns what came of it."""
+        due = [delivery for deliveries in self._flying for delivery in deliveries]
+        self._flying.clear()
+        return self._land(due)
+
+    def _land(self, due: Sequence[Delivery]) -> list[tuple[Request, list[int]]]:
         fetched = []
         for delivery in due:
             rows = delivery.fetch()
@@ -139,6 +154,28 @@ class EngineCore:
                     came.append((row.request, taken))
         return came
 
+    def stage(self, source: Source) -> list[jax.Array]:
+        """Returns other weights on the host, for `replace`; in any thread.
+
+        Raises:
+            UserError: they are not there, damaged, not finite, or of another model.
+        """
+        running = self.runner.model
+        dtype, weights = running.compute.dtype, self.config.weights
+        return stage(source, running, lambda model: for_serving(model, dtype, weights))
+
+    def replace(self, staged: list[jax.Array]) -> None:
+        """Goes on with other weights, which `stage` has returned, once everything has landed.
+
+        Running requests are read again: each next token is drawn by one set of weights from all
+        text before it.
+        """
+        self.reloads += 1
+        with self.changed:
+            # A number: weights whose names are alike need not be.
+            self.scheduler.restart(str(self.reloads).encode())
+        self.runner.replace(staged)
+
     def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
         """Serves requests, and no others, to their ends, and tells how many have ended."""
         try:
@@ -150,3 +187,4 @@ class EngineCore:
         finally:
             for request in requests:
                 self.cancel(request)
+            self.cancelled.clear()

@@ -5,6 +5,7 @@ import threading
 import time
 import types
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import jax
 
@@ -12,12 +13,17 @@ from jaxgen.data.text_stream import TextStream
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
+from jaxgen.pretrained import Pretrained, open_model
 from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
+from jaxgen.serve.reload import Reloaded, ReloadRunning, Source, check_tokenizer
 from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
+
+_CLOSED = "the engine is closed; make another"
+_NEEDS_TOKENIZER = "texts need a tokenizer; give the engine one, or give it token ids"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,10 @@ class EngineStats:
     """Tokens that were guessed for the model to verify."""
     tokens_accepted: int
     """Of these, those that it drew itself."""
+    weight_version: str
+    """Names the weights that answer."""
+    reloads: int
+    """Times that they were replaced."""
     preemptions: int
     """Times that a request lost its place to others."""
     compilations: int
@@ -78,6 +88,7 @@ class Engine:
         *,
         dtype: Dtype | None = None,
         draft: Decoder | None = None,
+        weight_version: str = "0",
     ):
         """Compiles everything and starts the thread.
 
@@ -88,6 +99,7 @@ class Engine:
             dtype: of weights and cache; None for that of `for_serving`.
             draft: a smaller model of the same vocabulary on the same mesh, for
                 `speculation="draft"`.
+            weight_version: names the weights in what the engine says of itself.
 
         Raises:
             UserError: the mesh cannot serve, or is one of several processes; the draft model does
@@ -103,9 +115,12 @@ class Engine:
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
         self._core.runner.compile_all()
-        self._begin()
+        self._begin(weight_version)
 
-    def _begin(self) -> None:
+    def _begin(self, weight_version: str) -> None:
+        self.weight_version = weight_version
+        self._reloading = threading.Lock()
+        self._staged: tuple[list[jax.Array], str, Future[float]] | None = None
         self._compiled = self._core.runner.compilations
         self._answers: dict[Request, Answer] = {}
         self._closing = False
@@ -131,6 +146,7 @@ class Engine:
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
         shown: Mapping[int, str] = types.MappingProxyType({}),
+        bounded: bool = True,
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -144,6 +160,7 @@ class Engine:
             ignore_eos: whether the tokenizer's end of text does not end the answer.
             constraint: what the answer may be; this request alone may use it.
             shown: special tokens that the answer's text has, by name; the others are left out.
+            bounded: whether it is refused where too many wait.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -151,17 +168,24 @@ class Engine:
             QueueFull: too many wait already.
             UserError: the model cannot answer this, or the engine is closed.
         """
-        return self._submit(
-            prompt,
-            sampling or SamplingConfig(),
-            stop_ids,
-            stop,
-            priority,
-            ignore_eos=ignore_eos,
-            constraint=constraint,
-            shown=shown,
-            deliver=deliver,
-        )
+        core, stops, stream = self._core, set(stop_ids), None
+        tokens, sampling = self._encode(prompt), sampling or SamplingConfig()
+        core.check("the prompt", tokens, sampling)
+        if self._tokenizer is not None:
+            stops |= set() if ignore_eos else {self._tokenizer.eos_id}
+            stream = TextStream(self._tokenizer, shown)
+        elif stop:
+            raise UserError(_NEEDS_TOKENIZER)
+        ids = tuple(map(int, tokens))
+        request = Request(ids, sampling, frozenset(stops), priority, constraint)
+        answer = Answer(core, request, stream, list(stop), deliver)
+        with core.changed:
+            self._check_open()
+            if core.scheduler.idle:
+                self._moved = time.monotonic()
+            core.submit(request, bounded=bounded)
+            self._answers[request] = answer
+        return answer
 
     def generate(
         self,
@@ -184,11 +208,12 @@ class Engine:
         """
         if sampling is None or isinstance(sampling, SamplingConfig):
             sampling = [sampling or SamplingConfig()] * len(prompts)
-        answers = []
+        tokens, answers = list(map(self._encode, prompts)), []
+        for i, (prompt, each) in enumerate(zip(tokens, sampling, strict=True)):
+            self._core.check(f"prompt {i}", prompt, each)
         try:
-            for i, (prompt, each) in enumerate(zip(prompts, sampling, strict=True)):
-                name = f"prompt {i}"
-                answer = self._submit(prompt, each, stop_ids, stop, 0, name=name, bounded=False)
+            for prompt, each in zip(tokens, sampling, strict=True):
+                answer = self.submit(prompt, each, stop_ids=stop_ids, stop=stop, bounded=False)
                 answers.append(answer)
             results = []
             with progress("generating", len(answers), in_bytes=False) as show:
@@ -200,6 +225,42 @@ class Engine:
                 answer.cancel()
             raise
         return results
+
+    def reload(self, source: Source, *, version: str | None = None) -> Reloaded:
+        """Goes on with other weights of the same model, and returns when they serve.
+
+        Requests wait meanwhile and none is lost; nothing is compiled. An answer that has begun goes
+        on where it is: its next token is what the new weights make of all text before it. They are
+        read and converted in the calling thread while the old ones serve, and replace those array
+        by array. If anything is wrong with them, the old ones stay.
+
+        Args:
+            source: a model, or where one is: a run directory, a checkpoint, a Hugging Face folder.
+            version: names the weights; None for the fingerprint of the files, or for a model the
+                number of reloads.
+
+        Raises:
+            ReloadRunning: another one is.
+            UserError: they are not there, damaged, not finite, or of another model.
+        """
+        if not self._reloading.acquire(blocking=False):
+            raise ReloadRunning("weights are being loaded already; try again when they are")
+        try:
+            began = time.monotonic()
+            core, swapped = self._core, Future()
+            if not isinstance(source, Decoder):
+                source = source if isinstance(source, Pretrained) else open_model(source)
+                check_tokenizer(source, self._tokenizer)
+                version = version or source.fingerprint
+            version, staged = version or str(core.reloads + 1), core.stage(source)
+            read_s = time.monotonic() - began
+            with core.changed:
+                self._check_open()
+                self._staged = staged, version, swapped
+                core.changed.notify_all()
+            return Reloaded(version, read_s, swapped.result())
+        finally:
+            self._reloading.release()
 
     def stats(self) -> EngineStats:
         """Returns what the engine does now and has done."""
@@ -217,6 +278,8 @@ class Engine:
                 tokens_generated=core.tokens_generated,
                 tokens_drafted=core.tokens_drafted,
                 tokens_accepted=core.tokens_accepted,
+                weight_version=self.weight_version,
+                reloads=core.reloads,
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
@@ -254,63 +317,51 @@ class Engine:
             self._core.changed.notify_all()
         self._thread.join()
 
-    def _submit(
-        self,
-        prompt,
-        sampling,
-        stop_ids,
-        stop,
-        priority,
-        *,
-        name="the prompt",
-        bounded=True,
-        ignore_eos=False,
-        constraint=None,
-        shown=types.MappingProxyType({}),
-        deliver=None,
-    ):
-        tokenizer, core, stream = self._tokenizer, self._core, None
-        stops = set(stop_ids)
-        if tokenizer is not None:
-            stops |= set() if ignore_eos else {tokenizer.eos_id}
-            stream = TextStream(tokenizer, shown)
-            prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        elif isinstance(prompt, str) or stop:
-            raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        core.check(name, prompt, sampling)
-        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority, constraint)
-        answer = Answer(core, request, stream, list(stop), deliver)
-        with core.changed:
-            if self._error is not None:
-                raise UserError("the engine has failed; make another") from self._error
-            if self._closing:
-                raise UserError("the engine is closed; make another")
-            if core.scheduler.idle:
-                self._moved = time.monotonic()
-            core.submit(request, bounded=bounded)
-            self._answers[request] = answer
-        return answer
+    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise UserError(_NEEDS_TOKENIZER)
+        return self._tokenizer.encode_prompt(prompt)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise UserError("the engine has failed; make another") from self._error
+        if self._closing:
+            raise UserError(_CLOSED)
 
     def _serve(self) -> None:
         try:
             while self._wait():
+                if self._staged is not None:
+                    self._swap(*self._staged)
                 for request, tokens in self._core.step():
                     self._pass_on(request, tokens)
                 self._sweep()
                 self._moved = time.monotonic()
             self._sweep()
+            if self._staged is not None:
+                self._staged[2].set_exception(UserError(_CLOSED))
         except BaseException as error:
             self._fail(error)
+
+    def _swap(self, staged: list[jax.Array], version: str, swapped: Future[float]) -> None:
+        for request, tokens in self._core.land():
+            self._pass_on(request, tokens)
+        began = time.monotonic()
+        self._core.replace(staged)
+        self.weight_version, self._staged = version, None
+        swapped.set_result(time.monotonic() - began)
 
     def _wait(self) -> bool:
         """Waits for something to do; returns whether to go on."""
         core = self._core
         with core.changed:
-            while core.scheduler.idle and not self._answers and not self._closing:
+            while core.scheduler.idle and not (self._answers or self._staged or self._closing):
                 core.changed.wait()
             if self._closing:
                 for request in self._answers:
-                    core.scheduler.cancel(request)
+                    core.cancel(request)
             return not self._closing
 
     def _pass_on(self, request: Request, tokens: list[int]) -> None:
@@ -320,8 +371,9 @@ class Engine:
 
     def _sweep(self) -> None:
         """Ends the answers of requests that were cancelled."""
-        with self._core.changed:
-            cancelled = [each for each in self._answers if each.finish_reason == "cancelled"]
+        core = self._core
+        with core.changed:
+            cancelled, core.cancelled = core.cancelled, []
         for request in cancelled:
             self._pass_on(request, [])
 
@@ -332,3 +384,5 @@ class Engine:
             self._answers.clear()
         for answer in answers:
             answer.fail(error)
+        if self._staged is not None:
+            self._staged[2].set_exception(error)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import hmac
 import importlib.resources
 import json
 import math
@@ -21,12 +20,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxgen.errors import UserError
-from jaxgen.serve import ask, openapi, prometheus
+from jaxgen.serve import admin, ask, openapi, prometheus
 from jaxgen.serve.ask import Ask, NoSuchModel
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.job import Job
+from jaxgen.serve.keys import Keys
 from jaxgen.serve.refusal import (
-    NO_KEY,
     EngineFailed,
     Refusal,
     Unavailable,
@@ -42,7 +41,6 @@ STUCK_S = 60.0
 BODY_TIMEOUT_S = 60.0
 MAX_READING = 256
 """Bodies that may wait to be read and tokenised; further ones are refused."""
-_OPEN_PATHS = frozenset(("/", "/health", "/ready", "/metrics", "/openapi.json"))
 # The page needs nothing but itself and this server.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -62,17 +60,18 @@ class Api:
         answering: requests for text that have been taken and not answered to their end.
     """
 
-    def __init__(self, name: str, keys: Iterable[str] = ()):
+    def __init__(self, name: str, keys: Iterable[str] = (), admin_keys: Iterable[str] = ()):
         """Makes a server that is not ready yet.
 
         Args:
             name: of the model.
             keys: one of these must come with a request; none: whoever reaches the server may ask.
+            admin_keys: one of these must come with what is below /admin/; none: nobody may.
         """
         self.draining, self.answering = False, 0
         self._served: Served | None = None
         self._engine: Engine | None = None
-        self._created, self._keys = int(time.time()), [key.encode() for key in keys]
+        self._created, self.keys = int(time.time()), Keys(keys, admin_keys)
         self.metrics = prometheus.Metrics(lambda: self._engine and self._engine.stats(), name)
         # Two: reading the bodies of some does not hold up those of others, nor the engine much.
         self._readers, self._reading = ThreadPoolExecutor(2, "jaxgen-read"), 0
@@ -84,6 +83,7 @@ class Api:
             Route("/v1/models/{model:path}", self._model),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/admin/reload", self._reload, methods=["POST"]),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -126,16 +126,6 @@ class Api:
             raise Unavailable("the engine has failed; the server has to be restarted")
         return self._served, self._engine
 
-    def may(self, scope: Scope) -> bool:
-        """Whether a request brings a key, if it needs one."""
-        if not self._keys or scope["path"] in _OPEN_PATHS:
-            return True
-        headers = [value for name, value in scope["headers"] if name == b"authorization"]
-        kind, _, given = headers[0].partition(b" ") if headers else (b"", b"", b"")
-        # All are compared, so that the time tells nothing.
-        found = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return kind.lower() == b"bearer" and any(found)
-
     async def read(self, request: Request, work: Callable[[bytes], _T]) -> _T:
         """Returns what `work`, in a thread, makes of a request's body.
 
@@ -172,6 +162,19 @@ class Api:
             {"prompt": await self.read(request, functools.partial(ask.detokenize, served))}
         )
 
+    async def _reload(self, request: Request) -> Response:
+        served, engine = self.taking()
+        # A server that is told to stop waits for it, as for any other answer.
+        self.answering += 1
+        try:
+            location = await self.read(request, admin.location_of)
+            # Not in one of the few threads that read bodies: it may take minutes.
+            work = functools.partial(admin.reload, location, served.name, engine)
+            self._served, done = await asyncio.get_running_loop().run_in_executor(None, work)
+        finally:
+            self.answering -= 1
+        return _json(done)
+
     async def _models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._describe()]})
 
@@ -182,13 +185,14 @@ class Api:
         return _json(model)
 
     def _describe(self) -> dict[str, Any]:
-        served, _ = self.taking()
+        served, engine = self.taking()
         return {
             "id": served.name,
             "object": "model",
             "created": self._created,
             "owned_by": "jaxgen",
             "max_model_len": served.max_seq_len,
+            "weight_version": engine.weight_version,
         }
 
     async def _health(self, request: Request) -> Response:
@@ -209,7 +213,7 @@ class Api:
         return HTMLResponse(self._html, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def _openapi(self, request: Request) -> Response:
-        return _json(openapi.document(self.taking()[0], keys=bool(self._keys)))
+        return _json(openapi.document(self.taking()[0], keys=bool(self.keys)))
 
 
 class _Generate:
@@ -272,8 +276,8 @@ class _Gate:
                 self._api.metrics.responded(path, message["status"])
             await send(message)
 
-        if not self._api.may(scope):
-            return await _respond(NO_KEY)(scope, receive, counted)
+        if refused := self._api.keys.refuse(scope["path"], scope["headers"]):
+            return await _respond(refused)(scope, receive, counted)
         await self._app(scope, receive, counted)
 
 

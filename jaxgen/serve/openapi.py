@@ -24,6 +24,7 @@ _MODEL = record(
         "created": _COUNT,
         "owned_by": TEXT,
         "max_model_len": _COUNT,
+        "weight_version": TEXT,
     },
     ["id", "object", "created", "owned_by"],
 )

@@ -117,6 +117,7 @@ class _EngineCollector:
                 stats.tokens_accepted,
             ),
             "preemptions": ("Times that a request had to make room.", stats.preemptions),
+            "reloads": ("Times that the weights were replaced.", stats.reloads),
             "recompiles": ("Programs compiled since the engine was ready.", stats.recompiles),
             "decode_bytes": ("Bytes a device had to read to decode.", stats.decode_bytes),
             "decode_seconds": ("What decoding them took.", stats.decode_s),
@@ -139,3 +140,6 @@ class _EngineCollector:
         info = metrics_core.InfoMetricFamily("jaxgen_cache_config", "The paged cache.")
         info.add_metric([], {"block_size": str(stats.block_size), "num_blocks": str(stats.blocks)})
         yield info
+        weights = metrics_core.InfoMetricFamily("jaxgen_weights", "The weights that answer.")
+        weights.add_metric([], {"model_name": self._model, "version": stats.weight_version})
+        yield weights

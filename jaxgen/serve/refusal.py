@@ -7,6 +7,7 @@ from typing import Any
 from jaxgen.errors import UserError
 from jaxgen.serve.ask import NoSuchModel
 from jaxgen.serve.body import Refused
+from jaxgen.serve.reload import ReloadRunning
 from jaxgen.serve.request import QueueFull
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -59,6 +60,11 @@ NO_KEY = Refusal(
     code="invalid_api_key",
     headers={"WWW-Authenticate": "Bearer"},
 )
+NO_ADMIN = Refusal(
+    403,
+    "this server has no admin key; start it with --admin-key-file FILE, or with JAXGEN_ADMIN_KEY",
+    code="no_admin_key",
+)
 
 
 def refusal(error: Exception) -> Refusal:
@@ -71,6 +77,8 @@ def refusal(error: Exception) -> Refusal:
             return Refusal(400, text, error.param)
         case QueueFull():
             return Refusal(429, text, code="queue_full", headers={"Retry-After": "1"})
+        case ReloadRunning():
+            return Refusal(409, text, code="reload_running", headers={"Retry-After": "5"})
         case Unreadable():
             return Refusal(error.status, text)
         case UserError():

@@ -9,7 +9,7 @@ them. Everything else is traced: how long a burst is, how long contexts are, wha
 import functools
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
+from jaxgen.progress import progress
 from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
@@ -85,9 +86,14 @@ class Runner:
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._programs]
-        with ThreadPoolExecutor(COMPILE_THREADS) as threads:
-            compiled = threads.map(lambda key: self._compile(key, self.num_pages), missing)
-            self._programs.update(zip(missing, compiled, strict=True))
+        with (
+            progress(f"compiling {len(missing)} programs", len(missing), in_bytes=False) as show,
+            ThreadPoolExecutor(COMPILE_THREADS) as threads,
+        ):
+            started = {threads.submit(self._compile, key, self.num_pages): key for key in missing}
+            for done, future in enumerate(as_completed(started), start=1):
+                self._programs[started[future]] = future.result()
+                show(done)
 
     def compile_all(self) -> None:
         """Compiles the whole lattice; from now on nothing is compiled, whatever comes."""
@@ -112,6 +118,23 @@ class Runner:
         for delivery in deliveries:
             delivery.copy_to_host()
         return deliveries
+
+    def replace(self, staged: list[jax.Array]) -> None:
+        """Takes other weights, all alike but for their values, out of a list of arrays anywhere.
+
+        Nothing may run. Leaf by leaf: devices hold one of them besides one model.
+        """
+        weights, structure = jax.tree.flatten(self.model)
+        # Without arrays, which would be owned once more. Those of a draft model stay.
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
+        shardings = [leaf.sharding for leaf in weights]
+        self.model = jax.tree.unflatten(structure, shapes)
+        del weights
+        for i, sharding in enumerate(shardings):
+            self._weights[i] = None
+            self._weights[i] = jax.device_put(staged.pop(0), sharding)
+        jax.block_until_ready(self._weights)
+        self.model = jax.tree.unflatten(structure, self._weights[: len(shapes)])
 
     def _read(self, chunks: list[Chunk]) -> Delivery:
         size = self._chunk_size(max(chunk.size for chunk in chunks))

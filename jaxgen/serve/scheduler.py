@@ -126,7 +126,8 @@ class Scheduler:
         self.salt = b""
         """Names the weights that the cache was made with: blocks of others are not found."""
         self.preemptions = self.prompt_tokens = self.prompt_tokens_found = 0
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        # By rank, each with the keys of its blocks once a place was looked for.
+        self._waiting: list[tuple[tuple[int, int], Request, Chain]] = []
         self._queued_tokens = 0
         self._arrivals = itertools.count()
         self._slots = [
@@ -214,6 +215,24 @@ class Scheduler:
                 row.promised += burst.steps
         return Plan(rounds, bursts)
 
+    def restart(self, salt: bytes) -> None:
+        """Has all rows read again, and nothing found that was cached before.
+
+        Nothing may be pending.
+
+        Args:
+            salt: one that has never been.
+        """
+        self.salt = salt
+        waiting = [entry[1] for entry in self._waiting]
+        self._waiting, self._queued_tokens = [], 0
+        for row in list(self.rows):
+            assert not row.pending, "tokens are still on their way"
+            self._leave(row)
+            waiting.append(row.request)
+        for request in waiting:
+            self._queue(request)
+
     def deliver(
         self,
         row: Row,
@@ -248,25 +267,25 @@ class Scheduler:
         return min(row.request.length + row.pending, row.request.limit)
 
     def _queue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.rank, request))
+        chain = Chain(self.pools[0].block_size, self.salt)
+        heapq.heappush(self._waiting, (request.rank, request, chain))
         self._queued_tokens += len(request.prompt)
 
     def _admit(self) -> None:
-        while self._waiting and (row := self._place(self._waiting[0][1])) is not None:
-            _, request = heapq.heappop(self._waiting)
-            self._queued_tokens -= len(request.prompt)
+        while self._waiting and (row := self._place(*self._waiting[0][1:])) is not None:
+            heapq.heappop(self._waiting)
+            self._queued_tokens -= len(row.request.prompt)
             self.rows.append(row)
             self.prompt_tokens += len(row.tokens)
             self.prompt_tokens_found += row.read
-            if request.prefix_tokens is None:
-                request.prefix_tokens = row.read
+            if row.request.prefix_tokens is None:
+                row.request.prefix_tokens = row.read
 
-    def _place(self, request: Request) -> Row | None:
+    def _place(self, request: Request, chain: Chain) -> Row | None:
         """Returns a row for the request in the shard that suits best, or None if none has room."""
         if not any(self._slots):
             return None
         tokens = [*request.prompt, *request.output]
-        chain = Chain(self.pools[0].block_size, self.salt)
         chain.extend(tokens)
         # The last token is always read: its logits are what the answer begins with.
         keys = chain.keys[: (len(tokens) - 1) // self.pools[0].block_size]

@@ -22,6 +22,7 @@ def serve(
     host: str,
     port: int,
     keys: Iterable[str] = (),
+    admin_keys: Iterable[str] = (),
 ) -> int:
     """Serves a model until it is told to stop; returns the exit code.
 
@@ -35,12 +36,13 @@ def serve(
         host: address to listen at.
         port: 0 for any that is free.
         keys: API keys; none: whoever reaches the server may ask.
+        admin_keys: of those who may replace the weights; none: nobody may.
 
     Raises:
         UserError: the port is taken, or `start` raised it.
     """
     listening = listen(host, port)
-    server = Server(Api(name, keys))
+    server = Server(Api(name, keys, admin_keys))
     failures: list[BaseException] = []
 
     def begin() -> None:

@@ -94,7 +94,8 @@ class EchoCore(EngineCore):
         cost = StepCost(1, 0, 0.0, (None,), 1.0, 1.0, 1.0)
         self.meter = DecodeMeter(cost, shards=1, peak=None)
         self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
-        self.changed = threading.Condition()
+        self.reloads = 0
+        self.changed, self.cancelled = threading.Condition(), []
         self._flying = deque()
 
 
@@ -104,7 +105,7 @@ class EchoEngine(Engine):
             max_num_seqs=slots, kv_blocks=blocks, max_queued_requests=queue, burst=4
         )
         self._core, self._tokenizer = EchoCore(config, step_s), tokenizer
-        self._begin()
+        self._begin("0")
 
     @property
     def idle(self):

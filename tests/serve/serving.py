@@ -33,11 +33,11 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(*, keys=(), model=None, engine=None, ready=True, **settings):
+def running(*, keys=(), admin_keys=(), model=None, engine=None, ready=True, **settings):
     model = model or served()
     own = engine is None
     engine = EchoEngine(model.tokenizer, **settings) if own else engine
-    api = Api(model.name, keys)
+    api = Api(model.name, keys, admin_keys)
     if ready:
         api.start(model, engine)
     server, listening = Server(api), listen("127.0.0.1", 0)

@@ -28,11 +28,11 @@ def mesh_of(mesh):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def make(config=CONFIG, dtype="float32", dispatch="all_gather"):
+def make(config=CONFIG, dtype="float32", dispatch="all_gather", seed=0):
     """A model of random numbers, the same on every mesh."""
     compute = ComputeConfig(dtype=dtype, expert_dispatch=dispatch)
     abstract = jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0), compute=compute))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def fill(leaf):
         value = rng.normal(0, 0.5, leaf.shape).astype(np.float32)

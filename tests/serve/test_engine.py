@@ -134,7 +134,7 @@ def test_requests_cancelled_at_any_time_leave_nothing_and_disturb_nobody(engine,
     for i in range(120):
         answers.append(engine.submit(PROMPTS[i], SAMPLINGS[i], stop_ids=STOPS))
         if pick.random() < 0.5:
-            pick.choice(answers).cancel()
+            pick.choice(answers[-4:]).cancel()  # Most others have ended.
         if pick.random() < 0.1:
             time.sleep(0.02)
     results = [answer.result().tokens for answer in answers]

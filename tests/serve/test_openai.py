@@ -465,7 +465,7 @@ def test_a_full_queue_is_429_until_there_is_room():
 
 
 def test_clients_that_leave_leave_nothing_behind():
-    with running(step_s=0.005, queue=400, blocks=4095) as server:
+    with running(step_s=0.005, queue=1000, blocks=4095) as server:
         pick = random.Random(1)
 
         async def leave(client):
@@ -485,16 +485,22 @@ def test_clients_that_leave_leave_nothing_behind():
         async def all_of_them():
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             async with httpx.AsyncClient(base_url=server.url, limits=limits) as client:
-                await asyncio.gather(*(leave(client) for _ in range(200)))
+                await asyncio.gather(*(leave(client) for _ in range(500)))
 
-        asyncio.run(all_of_them())
+        leaving, health = threading.Thread(target=lambda: asyncio.run(all_of_them())), []
+        leaving.start()
+        while leaving.is_alive():
+            health.append(server.http.get("/health").status_code)
+            leaving.join(0.05)
         wait_for(lambda: server.api.answering == 0 and server.engine.idle)
         stats = server.engine.stats()
         assert (stats.queued, stats.running, stats.blocks_used) == (0, 0, 0)
         assert server.engine.idle
         gc.collect()
         assert not any(isinstance(each, Job) for each in gc.get_objects())
-        assert server.metric('jaxgen_requests_total{model_name="echo",reason="cancelled"}') > 100
+        assert server.metric('jaxgen_requests_total{model_name="echo",reason="cancelled"}') > 250
+        assert len(health) > 3
+        assert set(health) == {200}
         assert server.post("/v1/completions", COMPLETION).status_code == 200
 
 

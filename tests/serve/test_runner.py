@@ -1,5 +1,6 @@
 """The programs of the engine: in place, of any burst length, and as many pages as there is room."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -105,11 +106,19 @@ def test_pages_fill_the_memory_that_programs_leave(monkeypatch):
     assert [pages_with(limit + n).runner.num_pages for n in (-1, 0, page)] == [19, 20, 21]
 
 
-def test_what_was_compiled_ahead_is_all_there_is():
-    core = core_of(ONE, dataclasses.replace(SMALL, max_num_seqs=2))
+def test_what_was_compiled_ahead_is_all_there_is(monkeypatch):
+    core, shown = core_of(ONE, dataclasses.replace(SMALL, max_num_seqs=2)), []
+
+    @contextlib.contextmanager
+    def progress(what, total, *, in_bytes):
+        shown.append((what, total, in_bytes))
+        yield shown.append
+
+    monkeypatch.setattr("jaxgen.serve.runner.progress", progress)
     core.runner.compile_all()
     big = [("decode", 1), ("decode", 2), ("read", 16)]
     assert sorted(core.runner._programs) == sorted([*big, ("shape", 1), ("mask", 1), ("mask", 2)])
+    assert shown == [("compiling 6 programs", 6, False), *range(1, 7)]
     del core.runner._programs["decode", 2]
     requests = [Request((n,), SamplingConfig(max_tokens=9)) for n in range(2)]
     with pytest.raises(AssertionError, match=r"\('decode', 2\) is not among the programs"):

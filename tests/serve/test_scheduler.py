@@ -9,6 +9,7 @@ import pytest
 from traffic import BLOCK, SETTINGS, Traffic, alone
 
 from jaxgen.errors import UserError
+from jaxgen.serve import blocks
 from jaxgen.serve.blocks import Blocks, Chain
 from jaxgen.serve.request import QueueFull, Request, SamplingConfig
 
@@ -104,6 +105,21 @@ def test_a_burst_is_short_while_prompts_are_read():
     bursts = [burst for plan in plans for burst in plan.bursts]
     assert [burst.steps for burst in bursts] == [2, 2, 2, 8]
     assert [len(burst.rows) for burst in bursts] == [1, 1, 1, 2]
+
+
+def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch):
+    hashed = []
+    blake2b = blocks.hashlib.blake2b
+    count = lambda *args, **kwargs: hashed.append(1) or blake2b(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(blocks.hashlib, "blake2b", count)
+    traffic = Traffic(0, shards=1, blocks=9, slots=2)
+    for first in (1, 2):
+        traffic.scheduler.submit(Request((first,) * 20, SamplingConfig(max_tokens=4)))
+    for _ in range(3):
+        traffic.step(lag=0)
+        assert traffic.scheduler.num_waiting == 1
+    # Both prompts have five full blocks.
+    assert len(hashed) == 10
 
 
 def test_keys_say_all_tokens_before_them():

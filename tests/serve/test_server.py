@@ -188,9 +188,11 @@ def test_the_command_serves_a_folder_to_who_has_a_key(tmp_path):
             *settings,
         ],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ
         | {"PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu", "JAXGEN_API_KEY": "secret"}
+        | {"JAXGEN_ADMIN_KEY": "more secret"}
         | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
     )
     try:
@@ -206,8 +208,21 @@ def test_the_command_serves_a_folder_to_who_has_a_key(tmp_path):
             with pytest.raises(openai.BadRequestError, match="no chat template"):
                 client.chat.completions.create(model="small", messages=[message])
         assert httpx.get(f"{url}/v1/models").status_code == 401
+        done = httpx.post(
+            f"{url}/admin/reload",
+            json={"model": str(tmp_path / "small")},
+            headers={"Authorization": "Bearer more secret"},
+            timeout=60,
+        ).json()
+        assert done["weight_version"] == done["previous_version"] == model.weight_version
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        out, said = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert re.fullmatch(r"reloaded: \S+/small as \w{16} after .* s, of which .* s\n", out)
+        reading, compiling, ready_after = said.splitlines()[-3:]
+        assert reading == f"jaxgen: reading {tmp_path / 'small'}"
+        assert compiling.startswith("jaxgen: compiling, after ")
+        assert ready_after.startswith("jaxgen: 3 programs compiled, ready after ")
     finally:
         process.kill()
         process.communicate()
@@ -223,7 +238,7 @@ def test_keys_come_from_files_and_the_environment(tmp_path):
         read_keys([str(file)], {})
     with pytest.raises(ValueError, match="cannot be read"):
         read_keys([str(tmp_path / "none")], {})
-    with pytest.raises(ValueError, match="an API key is empty"):
+    with pytest.raises(ValueError, match="a key of --api-key-file or JAXGEN_API_KEY is empty"):
         read_keys([], {"JAXGEN_API_KEY": ""})
 
 

@@ -1,0 +1,106 @@
+"""Other weights for an engine that runs: read, converted and checked on the host."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxgen.checkpoint.tree import named_leaves
+from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
+from jaxgen.models.config import DecoderConfig
+from jaxgen.models.decoder import Decoder
+from jaxgen.pretrained import Pretrained, abstract_model, open_model
+from jaxgen.sharding import MeshConfig, make_mesh
+
+
+class ReloadRunning(UserError):
+    """Weights are being loaded already."""
+
+
+class Reloaded(NamedTuple):
+    """What loading other weights came to."""
+
+    weight_version: str
+    """Of those that serve now."""
+    read_s: float
+    """For how long they were read and converted, while the old ones served."""
+    pause_s: float
+    """For how long nothing was computed; then what runs is read again."""
+
+
+Source = Decoder | Pretrained | str | os.PathLike
+"""A model, or what `open_model` takes or returns."""
+
+
+def stage(
+    source: Source, running: Decoder, convert: Callable[[Decoder], Decoder]
+) -> list[jax.Array]:
+    """Returns a model's weights in the host's memory; the host holds them twice for a while.
+
+    Args:
+        source: where they are from.
+        running: the model that they are for.
+        convert: makes of a model one like `running`, on any mesh.
+
+    Raises:
+        UserError: they are not there, damaged, not finite, or of another model; or JAX has no CPU.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:
+        raise UserError(
+            f"weights are staged on the CPU, which JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} "
+            "leaves out; add cpu to it"
+        ) from None
+    mesh = make_mesh(MeshConfig(), host)
+    if isinstance(source, Decoder):
+        where, model = "the model", source
+        _check_config(where, model.config, running.config)
+        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    else:
+        source = source if isinstance(source, Pretrained) else open_model(source)
+        where = source.location
+        _check_config(where, source.config, running.config)
+        model = source.read(abstract_model(source.serve_config(), mesh, source.dtype))
+    with jax.set_mesh(mesh):
+        model = convert(model)
+        finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+        named, wanted = named_leaves(model), jax.tree.leaves(running)
+        for (name, _), well in zip(named, finite(jax.tree.leaves(model)), strict=True):
+            if not well:
+                raise UserError(f"{where} has numbers in {name} that are not finite; restore it")
+    assert [(x.shape, x.dtype) for _, x in named] == [(x.shape, x.dtype) for x in wanted]
+    return [leaf for _, leaf in named]
+
+
+def check_tokenizer(source: Pretrained, running: Tokenizer | None) -> None:
+    """Checks that tokens mean the same to a model as to the running one.
+
+    Raises:
+        UserError: they do not.
+    """
+    if running is not None and source.tokenizer().fingerprint != running.fingerprint:
+        raise UserError(
+            f"{source.location} has another tokenizer than the running model; load a model with "
+            "the same, or start another server"
+        )
+
+
+def _check_config(where: str, given: DecoderConfig, running: DecoderConfig) -> None:
+    # What the running model takes at most is no matter of its weights.
+    given = dataclasses.replace(given, max_seq_len=running.max_seq_len)
+    differences = [
+        f"{field.name}={theirs} where the running model has {ours}"
+        for field in dataclasses.fields(DecoderConfig)
+        if (theirs := getattr(given, field.name)) != (ours := getattr(running, field.name))
+    ]
+    if differences:
+        raise UserError(
+            f"{where} is another model: {', '.join(differences)}; load weights of the same model, "
+            "or start another server"
+        )
