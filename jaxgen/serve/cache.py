@@ -6,13 +6,12 @@ S slots, K stop ids.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.paged import LayerPages
+from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
 NUM_STOPS = 4
@@ -62,25 +61,34 @@ class DecodeState(NamedTuple):
     layers: list[LayerPages]
 
 
-def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> DecodeState:
+def empty_state(
+    model: Decoder,
+    slots: int,
+    pages: int,
+    page_size: int,
+    *,
+    attention: PagedBackend = "auto",
+    int8: bool = False,
+) -> DecodeState:
     """Returns a state in which no slot and no page is anybody's; call it inside the mesh.
-
-    Pages are split over the mesh axes of rows, and their kv heads over those of heads.
 
     Args:
         model: from `for_serving`.
         slots: rows that can run at once on all devices together.
         pages: of each shard of rows.
-        page_size: tokens of a page.
+        page_size: tokens of a page on each device that has a part of it.
+        attention: what reads the pages; see `empty_pages`.
+        int8: whether keys and values are.
     """
     config, rules = model.config, model.rules.here()
-    shards = model.rules.shards("batch", jax.sharding.get_abstract_mesh())
 
     def line(value, dtype, *shape):
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
-    heads = (config.num_heads, config.num_kv_heads)
-    shape = (shards * pages, page_size * config.head_dim)
-    layers = [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    layers = [
+        empty_pages(rules, pages, page_size, heads, model.dtype, backend=attention, int8=int8)
+        for _ in range(config.num_layers)
+    ]
     return DecodeState(Slots.nobodys(line), layers)

@@ -1,8 +1,10 @@
 """What an engine may use, and how it deals with many requests."""
 
 import dataclasses
+from typing import Literal
 
 from jaxgen.errors import UserError
+from jaxgen.nn.paged import PagedBackend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +19,20 @@ class EngineConfig:
     burst: int = 8
     """Decoding steps between two looks at the queue; a quarter while prompts are read."""
     block_size: int = 16
-    """Tokens of a page of the cache; prompts that begin alike share whole pages."""
+    """Tokens of a page of the cache on each device that has a part of it; prompts that begin alike
+    share whole pages, which with mesh.context are as many times longer."""
     kv_blocks: int | None = None
     """Pages of each shard of rows; None for all that the compiled programs leave of a device's
     memory, or where it states no limit, as on CPU, 1 GiB."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """What keys and values are kept in: what the model computes in, or int8 with a scale for each
+    token and head, which holds almost twice (from float32, four times) as many tokens."""
+    attention: PagedBackend = "auto"
+    """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
+    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
+    int8 and mesh.context is 1, and otherwise `gather`."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20
@@ -31,7 +41,7 @@ class EngineConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1 and field.name != "prefix_cache":
+            if isinstance(value, int) and value < 1 and field.name != "prefix_cache":
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

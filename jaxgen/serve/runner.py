@@ -6,6 +6,7 @@ is, how long contexts are, what each row asks for.
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
@@ -16,11 +17,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.attention import mesh_device
+from jaxgen.nn.attention import mesh_device, num_shards
+from jaxgen.nn.paged import token_axes
 from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import Chunks, decode, read
 from jaxgen.serve.scheduler import Chunk, Plan, Row
+from jaxgen.sharding import abstract
 
 SMALLEST_CHUNK = 16
 # Where devices state no limit, as CPU does: what the pages of a shard take at most.
@@ -57,6 +60,7 @@ class Runner:
         model: as `for_serving` made it.
         shards: into how many parts rows are split, each with its own slots and pages.
         slots_per_shard: rows that can run at once in each.
+        block_size: tokens of a page on all devices that have a part of it.
         num_pages: of each shard.
         compilations: programs compiled so far.
     """
@@ -67,7 +71,8 @@ class Runner:
         self.mesh = jax.sharding.get_mesh()
         self.shards = model.rules.shards("batch", self.mesh)
         self.slots_per_shard = -(-config.max_num_seqs // self.shards)
-        self.table_width = -(-model.config.max_seq_len // config.block_size)
+        self.block_size = config.block_size * num_shards(token_axes(model.rules.here()))
+        self.table_width = -(-model.config.max_seq_len // self.block_size)
         self.compilations = 0
         self._sealed = False
         self._programs: dict[Key, jax.stages.Compiled] = {}
@@ -190,7 +195,14 @@ class Runner:
 
     def _empty(self, num_pages: int) -> DecodeState:
         slots = self.shards * self.slots_per_shard
-        return empty_state(self.model, slots, num_pages, self.config.block_size)
+        return empty_state(
+            self.model,
+            slots,
+            num_pages,
+            self.config.block_size,
+            attention=self.config.attention,
+            int8=self.config.kv_dtype == "int8",
+        )
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key
@@ -206,15 +218,7 @@ class Runner:
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
-            state = jax.eval_shape(functools.partial(self._empty, num_pages))
-            state = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape,
-                    x.dtype,
-                    sharding=jax.sharding.NamedSharding(self.mesh, x.sharding.spec),
-                ),
-                state,
-            )
+            state = abstract(functools.partial(self._empty, num_pages), self.mesh)
             lowered = jax.jit(call, donate_argnums=1).lower(self._weights, state, *host)
             compiled = lowered.compile()
         self.compilations += 1
@@ -225,12 +229,15 @@ class Runner:
 
         At most all that `max_num_seqs` sequences of full length need.
         """
-        config = self.model.config
-        rules = self.model.rules.here()
-        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
-        heads = per_page // self.model.rules.shards("heads", self.mesh)
-        page = heads * self.config.block_size * config.head_dim * self.model.dtype.itemsize
-        page *= 2 * config.num_layers
+
+        def held(num_pages: int) -> int:
+            """Bytes of each device."""
+            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh).layers)
+            return sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+            )
+
+        page = held(2) - held(1)
         device = jax.local_devices()[0]
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES
