@@ -7,14 +7,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.paged import LayerPages
+<<<<<<< HEAD
+from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
 from jaxgen.serve.request import Request
+=======
+from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
+>>>>>>> paged
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
 NUM_STOPS = 4
@@ -133,23 +136,36 @@ class DecodeState(NamedTuple):
     """None where nothing is guessed."""
 
 
-def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> DecodeState:
+def empty_state(
+    model: Decoder,
+    slots: int,
+    pages: int,
+    page_size: int,
+    *,
+    attention: PagedBackend = "auto",
+    int8: bool = False,
+) -> DecodeState:
     """Returns a state in which no slot and no page is anybody's; call it inside the mesh.
-
-    Pages are split over the mesh axes of rows, and their kv heads over those of heads.
 
     Args:
         model: from `for_serving`.
         slots: rows that can run at once on all devices together.
         pages: of each shard of rows.
-        page_size: tokens of a page.
+        page_size: tokens of a page on each device that has a part of it.
+        attention: what reads the pages; see `empty_pages`.
+        int8: whether keys and values are.
     """
+<<<<<<< HEAD
     rules = model.rules.here()
+=======
+    config, rules = model.config, model.rules.here()
+>>>>>>> paged
 
     def line(value, dtype, *shape):
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
+<<<<<<< HEAD
     vocab = model.config.vocab_size
     rows = VocabRows(
         bias=line(0, np.float32, vocab),
@@ -157,20 +173,19 @@ def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> Decod
         counts=line(0, np.int32, vocab),
         mask=line(0, np.uint32, -(-vocab // 32)),
     )
-    return DecodeState(Slots.nobodys(line), empty_layers(model, pages, page_size), rows)
+    layers = empty_layers(model, pages, page_size, attention, int8=int8)
+    return DecodeState(Slots.nobodys(line), layers, rows)
 
 
 def empty_drafts(
-    model: Decoder, draft: Decoder | None, slots: int, pages: int, page_size: int, gain: float
+    model: Decoder, layers: list[LayerPages], slots: int, gain: float
 ) -> Drafts:
-    """Returns what drafts are made from, of the size of `empty_state`.
+    """Returns what drafts are made from.
 
     Args:
         model: from `for_serving`.
-        draft: likewise, if there is one.
-        slots: as there.
-        pages: as there.
-        page_size: as there.
+        layers: pages of the draft model, if there is one.
+        slots: as in `empty_state`.
         gain: drafts that are expected to stand, before anything is known.
     """
     rules = model.rules.here()
@@ -183,14 +198,17 @@ def empty_drafts(
         gain=full(gain, np.float32, slots + 1),
         mean_gain=full(gain, np.float32),
         known=full(0, np.int32, slots + 1),
-        layers=[] if draft is None else empty_layers(draft, pages, page_size),
+        layers=layers,
     )
 
 
-def empty_layers(model: Decoder, pages: int, page_size: int) -> list[LayerPages]:
-    """Returns the pages of a model's layers."""
+def empty_layers(
+    model: Decoder, pages: int, page_size: int, attention: PagedBackend, *, int8: bool
+) -> list[LayerPages]:
+    """Returns the pages of a model's layers; arguments are as in `empty_state`."""
     config, rules = model.config, model.rules.here()
-    shards = model.rules.shards("batch", jax.sharding.get_abstract_mesh())
-    heads = (config.num_heads, config.num_kv_heads)
-    shape = (shards * pages, page_size * config.head_dim)
-    return [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    return [
+        empty_pages(rules, pages, page_size, heads, model.dtype, backend=attention, int8=int8)
+        for _ in range(config.num_layers)
+    ]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from jaxgen.errors import UserError
+from jaxgen.nn.paged import PagedBackend
 
 Weights = Literal["auto", "int8"]
 Speculation = Literal["off", "prompt_lookup", "draft"]
@@ -21,7 +22,8 @@ class EngineConfig:
     burst: int = 8
     """Decoding steps between two looks at the queue; a quarter while prompts are read."""
     block_size: int = 16
-    """Tokens of a page of the cache; prompts that begin alike share whole pages."""
+    """Tokens of a page of the cache on each device that has a part of it; prompts that begin alike
+    share whole pages, which with mesh.context are as many times longer."""
     kv_blocks: int | None = None
     """Pages of each shard of rows; None for all that the compiled programs leave of a device's
     memory, or where it states no limit, as on CPU, 1 GiB."""
@@ -40,6 +42,13 @@ class EngineConfig:
     speculation_max_seqs: int = 8
     """Requests that run at once, beyond which nothing is guessed: many rows keep the device busy
     without."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """What keys and values are kept in: what the model computes in, or int8 with a scale for each
+    token and head, which holds almost twice (from float32, four times) as many tokens."""
+    attention: PagedBackend = "auto"
+    """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
+    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
+    int8 and mesh.context is 1, and otherwise `gather`."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20

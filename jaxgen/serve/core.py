@@ -34,7 +34,7 @@ class EngineCore:
     all make the same plans. One thread may step while others submit and cancel.
 
     Make it inside the `jax.set_mesh(mesh)` of the model. Rows are spread over `data`, `fsdp` and
-    `expert`, kv heads over `tensor`.
+    `expert`, kv heads over `tensor`, the tokens of each row over `context`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class EngineCore:
         draft = None if draft is None else for_serving(draft, dtype, config.weights)
         self.runner = Runner(for_serving(model, dtype, config.weights), config, draft)
         self.pools = [
-            Blocks(self.runner.num_pages, config.block_size, prefix_cache=config.prefix_cache)
+            Blocks(self.runner.num_pages, self.runner.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)
         ]
         self.scheduler = Scheduler(

@@ -77,7 +77,7 @@ class Engine:
     close it.
 
     Make it inside the `jax.set_mesh(mesh)` of the model; rows are spread over `data`, `fsdp` and
-    `expert`, kv heads over `tensor`.
+    `expert`, kv heads over `tensor`, the tokens of each row over `context`.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class Engine:
                 running=len(scheduler.rows),
                 blocks_used=sum(pool.used for pool in core.pools),
                 blocks=sum(pool.num_blocks - 1 for pool in core.pools),
-                block_size=core.config.block_size,
+                block_size=core.runner.block_size,
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,

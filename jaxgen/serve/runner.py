@@ -7,6 +7,7 @@ them. Everything else is traced: how long a burst is, how long contexts are, wha
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,15 +19,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.attention import mesh_device
+from jaxgen.nn.attention import mesh_device, num_shards
+from jaxgen.nn.paged import token_axes
 from jaxgen.progress import progress
-from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
+from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_layers, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
 from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
 from jaxgen.serve.programs import Chunks, decode, mask, read, shape
 from jaxgen.serve.scheduler import Burst, Chunk, Plan, Row
 from jaxgen.serve.speculate import speculate
+from jaxgen.sharding import abstract
 
 SMALLEST_CHUNK = 16
 # Where devices state no limit, as CPU does: what the pages of a shard take at most.
@@ -48,6 +51,7 @@ class Runner:
         model: as `for_serving` made it.
         shards: into how many parts rows are split, each with its own slots and pages.
         slots_per_shard: rows that can run at once in each.
+        block_size: tokens of a page on all devices that have a part of it.
         num_pages: of each shard.
         compilations: programs compiled so far.
     """
@@ -60,7 +64,8 @@ class Runner:
         self.mesh = jax.sharding.get_mesh()
         self.shards = model.rules.shards("batch", self.mesh)
         self.slots_per_shard = -(-config.max_num_seqs // self.shards)
-        self.table_width = -(-model.config.max_seq_len // config.block_size)
+        self.block_size = config.block_size * num_shards(token_axes(model.rules.here()))
+        self.table_width = -(-model.config.max_seq_len // self.block_size)
         self.compilations = 0
         self._sealed = False
         self._programs: dict[Key, jax.stages.Compiled] = {}
@@ -277,12 +282,17 @@ class Runner:
         return max(self._smallest_batch, 1 << (rows - 1).bit_length())
 
     def _empty(self, num_pages: int) -> DecodeState:
-        sizes = (self._nobody, num_pages, self.config.block_size)
-        state = empty_state(self.model, *sizes)
+        config, layers = self.config, []
+        size, int8 = config.block_size, config.kv_dtype == "int8"
+        state = empty_state(
+            self.model, self._nobody, num_pages, size, attention=config.attention, int8=int8
+        )
         if not self.speculates:
             return state
-        gain = self.config.draft_tokens / 2
-        return state._replace(drafts=empty_drafts(self.model, self.draft, *sizes, gain))
+        if self.draft is not None:
+            layers = empty_layers(self.draft, num_pages, size, config.attention, int8=int8)
+        drafts = empty_drafts(self.model, layers, self._nobody, config.draft_tokens / 2)
+        return state._replace(drafts=drafts)
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key
@@ -304,15 +314,7 @@ class Runner:
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
-            state = jax.eval_shape(functools.partial(self._empty, num_pages))
-            state = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape,
-                    x.dtype,
-                    sharding=jax.sharding.NamedSharding(self.mesh, x.sharding.spec),
-                ),
-                state,
-            )
+            state = abstract(functools.partial(self._empty, num_pages), self.mesh)
             small = {"shape": shape, "mask": mask, "note": note}
             if name in small:
                 part = state.drafts.history if name == "note" else state.vocab
@@ -338,9 +340,15 @@ class Runner:
 
         At most all that `max_num_seqs` sequences of full length need.
         """
-        page = self._page_bytes(self.model)
-        if self.draft is not None:
-            page += self._page_bytes(self.draft)
+
+        def held(num_pages: int) -> int:
+            """Bytes of each device."""
+            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh).layers)
+            return sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+            )
+
+        page = held(2) - held(1)
         device = jax.local_devices()[0]
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES

@@ -18,6 +18,7 @@ from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.nn.quantized import quantize, specs
 from jaxgen.serve.config import Weights
 from jaxgen.sharding import Rules
+from jaxgen.sharding import Rules, logical_to_mesh
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -33,22 +34,26 @@ def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "
     - Weights are whole over `fsdp` if that takes less than half of a device's memory: they are read
       for every token, and gathering them would take far longer than reading. Otherwise they stay
       split, and each layer is gathered when it runs.
+    - They are whole over `context`, which splits the cache alone: there is one token at a time.
 
     Raises:
-        UserError: the mesh has stages, or splits sequences; decoding has one token at a time.
+        UserError: the mesh has stages; decoding has one token at a time.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    for axis in ("pipeline", "context"):
-        if sizes.get(axis, 1) > 1:
-            raise UserError(
-                f"mesh.{axis}={sizes[axis]} cannot generate; tokens come one at a time, so use "
-                f"mesh.{axis}=1 and split over mesh.tensor or mesh.fsdp"
-            )
+    stages = jax.sharding.get_abstract_mesh().shape.get("pipeline", 1)
+    if stages > 1:
+        raise UserError(
+            f"mesh.pipeline={stages} cannot generate; tokens come one at a time, so use "
+            "mesh.pipeline=1 and split over mesh.tensor or mesh.fsdp"
+        )
     if dtype is None:
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
-    # One token at a time leaves no positions to split the residual stream over.
+    # One token at a time leaves no positions to split: all but the cache is whole over their axes.
     rules = dataclasses.replace(model.rules, act_seq=model.rules.seq)
     if _fits(model, dtype, weights):
+    seq = logical_to_mesh(rules.seq)
+    left = {n: tuple(a for a in logical_to_mesh(axes) if a not in seq) for n, axes in rules.items()}
+    rules = Rules(**left)
+    if _fits(model, dtype):
         rules = dataclasses.replace(rules, embed=None, expert_embed=None)
     compute = dataclasses.replace(model.compute, dtype=dtype)
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)

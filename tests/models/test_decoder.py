@@ -11,7 +11,7 @@ import pytest
 from jaxgen.errors import UserError
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder, KVCache
-from jaxgen.nn.paged import LayerPages
+from jaxgen.nn.paged import empty_pages
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.stack import Remat
@@ -148,9 +148,9 @@ def test_cached_decode_equals_the_full_forward_at_every_position(option):
             return cache, model.logits(hidden)
 
         # Pages of 4 tokens, which lie as they happen to.
-        heads = (config.num_heads, config.num_kv_heads)
-        shape = (13, 4 * config.head_dim, heads, model.dtype)
-        layers = [LayerPages.empty(model.rules.here(), *shape) for _ in range(config.num_layers)]
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        shape = (13, 4, heads, model.dtype)
+        layers = [empty_pages(model.rules.here(), *shape) for _ in range(config.num_layers)]
         table = jnp.asarray([[3, 12, 1, 7, 5, 2], [9, 4, 11, 6, 10, 8]], jnp.int32)
         cache = KVCache(layers, table)
         cache, first = jax.lax.scan(functools.partial(read, 5), cache, jnp.arange(0, 10, 5))

@@ -12,6 +12,7 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.nn.router import MoEConfig
 from jaxgen.serve import weights
+from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.generate import Generator, generate, generate_text
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.sharding import MeshConfig
@@ -78,6 +79,32 @@ def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
         sharded = Generator(make())
         assert ("fsdp" in str(sharded.model.layers[0].mlp.up[...].sharding.spec)) is not whole
         assert sharded(RAGGED, samplings) == expected
+
+
+CONTEXTS = {
+    "2": (MeshConfig(context=2), 2),
+    "4": (MeshConfig(context=4), 4),
+    "8": (MeshConfig(context=8), 8),
+    "product": (MeshConfig(data=2, context=2, tensor=2), 8),
+}
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(n, marks=[pytest.mark.full] * (n in "24")) for n in CONTEXTS]
+)
+def test_tokens_split_over_context_give_the_tokens_of_one_device(generator, mesh):
+    """Rows of up to 120 tokens in 2 pages, of which a device has 32 tokens or fewer."""
+    config, devices = CONTEXTS[mesh]
+    prompts, samplings = prompts_of(3, 111, 40, 65), [GREEDY, GREEDY, DRAWN, DRAWN]
+    small = EngineConfig(max_num_seqs=4, block_size=64 // config.context, kv_blocks=4)
+    expected = generator(prompts, samplings)
+    with jax.set_mesh(mesh_of((config, devices))):
+        sharded = Generator(make(), config=small)
+        assert sharded(prompts, samplings) == expected
+    lines = sharded.core.runner.state.layers[0].k
+    assert lines.addressable_shards[0].data.size == 5 * small.block_size * 2 // config.tensor * 8
+    with jax.set_mesh(mesh_of(ONE)), pytest.raises(UserError, match="is more than the"):
+        Generator(make(), config=dataclasses.replace(small, kv_blocks=1))(prompts[1:2], GREEDY)
 
 
 @pytest.mark.parametrize(
