@@ -1,6 +1,7 @@
 """Log-probabilities of an answer's tokens, in the two forms that OpenAI's API has."""
 
 import codecs
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ class Placed(NamedTuple):
     token: int
     place: int
     """Characters before it; those before its character where it is a part of one."""
+    first: bool
+    """Whether no text comes before it, where some tokenizers drop a space."""
     logprobs: TokenLogprobs
 
 
@@ -28,16 +31,17 @@ class PlacedTokens:
         """Starts before the first token."""
         self._spelling = spelling
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._place, self._waiting = 0, deque[Placed]()
+        self._place, self._first, self._waiting = 0, True, deque[Placed]()
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Takes what has newly come."""
         for token, each in zip(tokens, logprobs, strict=True):
-            text = self._spelling.of(token, first=self._place == 0) or b""
+            first, spelled = self._first, self._spelling.of(token, first=self._first)
+            self._first, text = first and spelled is None, spelled or b""
             begun, _ = self._characters.getstate()
             # It does not go on with a character that has begun, which is one then: U+FFFD.
             broken = bool(begun and text and not 0x80 <= text[0] < 0xC0)
-            self._waiting.append(Placed(token, self._place + broken, each))
+            self._waiting.append(Placed(token, self._place + broken, first, each))
             self._place += len(self._characters.decode(text))
 
     def shown(self, size: int | None) -> list[Placed]:
@@ -51,31 +55,34 @@ class PlacedTokens:
 def chat_logprobs(spelling: Spelling, tokens: Sequence[Placed]) -> dict[str, Any]:
     """Returns what stands beside a message, or a part of one."""
 
-    def said(token: int, place: int, logprob: float) -> dict[str, Any]:
-        text = spelling.of(token, first=place == 0)
-        name = spelling.name(token, first=place == 0)
-        return {"token": name, "logprob": max(logprob, _LOWEST), "bytes": text and list(text)}
+    def said(token: int, first: bool, logprob: float) -> dict[str, Any]:
+        text, name = spelling.of(token, first=first), spelling.name(token, first=first)
+        return {
+            "token": name,
+            "logprob": max(logprob, _LOWEST),
+            "bytes": None if text is None else list(text),
+        }
 
     content = []
-    for token, place, (logprob, top) in tokens:
-        likeliest = [said(other, place, value) for other, value in top]
-        content.append({**said(token, place, logprob), "top_logprobs": likeliest})
+    for token, _, first, (logprob, top) in tokens:
+        likeliest = [said(other, first, value) for other, value in top]
+        content.append({**said(token, first, logprob), "top_logprobs": likeliest})
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(spelling: Spelling, tokens: Sequence[Placed]) -> dict[str, Any]:
     """Returns what stands beside a text, or a part of one."""
-
-    def name(token: int, place: int) -> str:
-        return spelling.name(token, first=place == 0, broken="bytes:")
-
-    tops = []
-    for token, place, (logprob, top) in tokens:
-        told = dict([*top, (token, logprob)])
-        tops.append({name(other, place): max(value, _LOWEST) for other, value in told.items()})
-    return {
-        "tokens": [name(token, place) for token, place, _ in tokens],
-        "token_logprobs": [max(each.logprob, _LOWEST) for _, _, each in tokens],
-        "top_logprobs": tops,
-        "text_offset": [place for _, place, _ in tokens],
+    found: dict[str, list[Any]] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
     }
+    for token, place, first, (logprob, top) in tokens:
+        name = functools.partial(spelling.name, first=first, broken="bytes:")
+        told = dict([*top, (token, logprob)])
+        found["tokens"].append(name(token))
+        found["token_logprobs"].append(max(logprob, _LOWEST))
+        found["top_logprobs"].append({name(n): max(p, _LOWEST) for n, p in told.items()})
+        found["text_offset"].append(place)
+    return found

@@ -163,10 +163,24 @@ def test_tools_are_called(client):
 
 
 def test_a_call_of_the_models_own_accord(client):
-    made = client.chat.completions.create(
-        model="hf", messages=IN_PARIS, tools=[WEATHER], temperature=0, max_tokens=100
-    ).choices[0]
-    print(made)
+    """Small as it is, it does what it has done before."""
+    messages = []
+    for city in ("Rome", "Oslo"):
+        function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+        call = {"id": city, "type": "function", "function": function}
+        messages += [
+            {"role": "user", "content": f"Weather in {city}?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+    messages.append({"role": "user", "content": "Weather in Paris?"})
+    asked = {"model": "hf", "messages": messages, "tools": [WEATHER], "temperature": 0}
+    choice = client.chat.completions.create(max_tokens=60, **asked).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, choice.finish_reason) == ("get_weather", "tool_calls")
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    chunks = client.chat.completions.create(max_tokens=60, stream=True, **asked)
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
 
 
 def test_what_it_may_say_can_be_narrowed(client):
