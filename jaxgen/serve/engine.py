@@ -73,6 +73,13 @@ class EngineStats:
 class Engine:
     """Serves one model: `submit` from any thread, or `generate` for many prompts at once.
 
+        with jax.set_mesh(mesh):
+            engine = Engine(model, tokenizer)
+        with engine:
+            sampling = SamplingConfig(max_tokens=64, temperature=0.7)
+            for piece in engine.generate(["def f", "def g"], sampling):
+                print(piece.text)
+
     All programs are compiled before it is made; then nothing is. Use it as a context manager, or
     close it.
 

@@ -15,10 +15,12 @@ from serving import running
 
 from jaxgen.cli import main
 from jaxgen.errors import UserError
+from jaxgen.peaks import Peak
 from jaxgen.serve.bench import Limits, bench_serve, summarise, table
 from jaxgen.serve.ceiling import measure_ceiling
 from jaxgen.serve.client import Client, Streamed, drive_closed, drive_open
 from jaxgen.serve.load import Lengths, Load
+from jaxgen.serve.roofline import DecodeMeter
 
 # What may pass between a packet's leave and its arrival in another thread of a busy machine.
 TRANSPORT_S = 0.15
@@ -268,9 +270,16 @@ def test_a_server_of_ours_is_measured(rate, monkeypatch):
         vocab_size=128,
     )
     with running(step_s=0.002) as server:
+        if rate is not None:  # As on a device whose peak is known: a byte takes a microsecond.
+            cost = server.engine._core.meter._cost
+            server.engine._core.meter = DecodeMeter(cost, 1, Peak(flops=1e9, bytes_per_s=1e6))
         got = bench_serve(f"{server.url}/v1/", load, limits=Limits(ttft_s=60.0))
         assert server.metric("jaxgen_prefix_cache_hit_tokens_total") >= 24 * 32
         assert server.metric("jaxgen_decode_seconds_total") > 0
+        stats = server.engine.stats()
+        assert stats.decode_bytes == server.metric("jaxgen_decode_bytes_total") > 0
+        fraction = server.metric("jaxgen_decode_roofline_fraction")
+        assert fraction == (stats.roofline_fraction or 0)
     _, asks = load.asks()
     assert (got["model"], got["url"]) == ("echo", server.url)
     assert (got["completed"], got["errors"]) == (24, {})
@@ -279,7 +288,11 @@ def test_a_server_of_ours_is_measured(rate, monkeypatch):
     assert got["goodput_requests_per_s"] == got["requests_per_s"]
     assert 0 < got["ttft_s"]["p50"] < got["latency_s"]["p50"]
     assert got["decode_gb_per_s"] > 0
-    assert got["decode_roofline"] is None
+    if rate is None:
+        assert (got["decode_roofline"], fraction) == (None, 0)
+    else:
+        assert got["decode_roofline"] == pytest.approx(got["decode_gb_per_s"] * 1e9 / 1e6)
+        assert 0 < fraction < 1
     assert got["client_load"] > 0
     assert json.loads(json.dumps(got)) == got
     lines = table(got).splitlines()

@@ -46,7 +46,7 @@ def test_answers_are_those_of_generate(tmp_path):
         *({"prompt": f"prompt {i} " * (i % 4 + 1), "max_tokens": i % 9 + 1} for i in range(20)),
         {"prompt": [72, 73, 74], "temperature": 0.8, "seed": 77},
         {"messages": chat, "top_k": 3, "temperature": 1},
-        {"prompt": "last", "temperature": 0},
+        {"prompt": "last", "temperature": 0, "logprobs": 2, "repetition_penalty": 1.3},
     ]
     source, config = write(tmp_path / "in.jsonl", [*records, " "]), {"vocab_size": 260}
     sampling = SamplingConfig(max_tokens=12, temperature=0.9, top_p=0.95, seed=5)
@@ -87,6 +87,15 @@ def test_answers_are_those_of_generate(tmp_path):
         full = len(piece.tokens) == asked.max_tokens
         assert each["finish_reason"] == ("length" if full else "stop")
     assert len({each["text"] for each in got}) > 15
+    assert [i for i, each in enumerate(got) if "logprobs" in each] == [len(records) - 1]
+    for each, token, scored in zip(
+        got[-1]["logprobs"], expected[-1].tokens, expected[-1].logprobs, strict=True
+    ):
+        assert each["token"] == token
+        # Sums of fp32 numbers of about 10 in batches of other sizes.
+        assert each["logprob"] == pytest.approx(scored.logprob, abs=1e-5)
+        assert [token for token, _ in each["top"]] == [token for token, _ in scored.top]
+        assert len(each["top"]) == 2
 
 
 def test_lines_are_read_as_they_are_needed_and_written_as_they_are_done(tmp_path, monkeypatch):
