@@ -12,12 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
-<<<<<<< HEAD
 from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
 from jaxgen.serve.request import Request
-=======
-from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
->>>>>>> paged
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
 NUM_STOPS = 4
@@ -155,17 +151,12 @@ def empty_state(
         attention: what reads the pages; see `empty_pages`.
         int8: whether keys and values are.
     """
-<<<<<<< HEAD
     rules = model.rules.here()
-=======
-    config, rules = model.config, model.rules.here()
->>>>>>> paged
 
     def line(value, dtype, *shape):
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
-<<<<<<< HEAD
     vocab = model.config.vocab_size
     rows = VocabRows(
         bias=line(0, np.float32, vocab),
@@ -177,9 +168,7 @@ def empty_state(
     return DecodeState(Slots.nobodys(line), layers, rows)
 
 
-def empty_drafts(
-    model: Decoder, layers: list[LayerPages], slots: int, gain: float
-) -> Drafts:
+def empty_drafts(model: Decoder, layers: list[LayerPages], slots: int, gain: float) -> Drafts:
     """Returns what drafts are made from.
 
     Args:

@@ -314,7 +314,7 @@ class Runner:
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
-            state = abstract(functools.partial(self._empty, num_pages), self.mesh)
+            state: Any = abstract(functools.partial(self._empty, num_pages), self.mesh)
             small = {"shape": shape, "mask": mask, "note": note}
             if name in small:
                 part = state.drafts.history if name == "note" else state.vocab
@@ -343,7 +343,7 @@ class Runner:
 
         def held(num_pages: int) -> int:
             """Bytes of each device."""
-            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh).layers)
+            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh))
             return sum(
                 math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
             )
@@ -369,11 +369,3 @@ class Runner:
         pages = min(room // page, self.slots_per_shard * self.table_width + 1)
         # All processes must plan alike.
         return int(np.min(multihost_utils.process_allgather(np.int32(pages))))
-
-    def _page_bytes(self, model: Decoder) -> int:
-        """Of one page of one shard, on each of its devices."""
-        config, rules = model.config, model.rules.here()
-        per_page = config.num_kv_heads if rules.kv_heads == rules.heads else config.num_heads
-        heads = per_page // model.rules.shards("heads", self.mesh)
-        size = heads * self.config.block_size * config.head_dim * model.dtype.itemsize
-        return 2 * config.num_layers * size

@@ -17,7 +17,6 @@ from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Elementwise, Precise
 from jaxgen.nn.quantized import quantize, specs
 from jaxgen.serve.config import Weights
-from jaxgen.sharding import Rules
 from jaxgen.sharding import Rules, logical_to_mesh
 
 Dtype = Literal["bfloat16", "float32"]
@@ -49,11 +48,10 @@ def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "
         dtype = "float32" if mesh_device().platform == "cpu" else model.compute.dtype
     # One token at a time leaves no positions to split: all but the cache is whole over their axes.
     rules = dataclasses.replace(model.rules, act_seq=model.rules.seq)
-    if _fits(model, dtype, weights):
     seq = logical_to_mesh(rules.seq)
     left = {n: tuple(a for a in logical_to_mesh(axes) if a not in seq) for n, axes in rules.items()}
     rules = Rules(**left)
-    if _fits(model, dtype):
+    if _fits(model, dtype, weights):
         rules = dataclasses.replace(rules, embed=None, expert_embed=None)
     compute = dataclasses.replace(model.compute, dtype=dtype)
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
