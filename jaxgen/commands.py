@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -290,6 +291,8 @@ def _bench_serve(args: argparse.Namespace, config: Any) -> None:
         named = {"--name": args.name, "--devices": args.devices}
         set_here += [f"{name}={value}" for name, value in named.items() if value is not None]
         set_here += [f"--api-key-file={file}" for file in args.api_key_file or ()]
+        # Whoever ends this process means its server too.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         results = bench_own(args.source, set_here, load, **given)
     print(json.dumps(results) if args.json else table(results))
 

@@ -74,10 +74,10 @@ def bench_serve(
     Returns:
         Scalars and small dicts for JSON; times in seconds. `ttft_s`, `tpot_s`, `itl_s`, `latency_s`
         and `late_s` (how long after it was due a request was sent) have a mean and percentiles.
-        `errors` counts what failed, by what was said; nothing else counts those requests, but
-        `goodput_requests_per_s`, which is None without limits. `client_ceiling` is what the client
-        does against a server that computes nothing, and `client_load` the largest share of that
-        which was needed here. Of a jaxgen server, `decode_gb_per_s` is what each device had to read
+        `errors` counts what failed, by what was said; no rate, length or latency counts it.
+        `goodput_requests_per_s` is None without limits. `client_ceiling` is what the client does
+        against a server that computes nothing, and `client_load` the largest share of that which
+        was needed here. Of a jaxgen server, `decode_gb_per_s` is what each device had to read
         a second to decode, and `decode_roofline` the share of what it could; None where no device
         or other server says.
 
