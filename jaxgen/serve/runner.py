@@ -108,8 +108,10 @@ class Runner:
     def compile_for(self, num_requests: int) -> None:
         """Compiles the decoding of so many requests at once."""
         per_shard = min(-(-num_requests // self.shards), self.slots_per_shard)
-        batch = self._batch_size(per_shard)
-        self.compile([(self._kind(batch), batch)])
+        sizes = {self._batch_size(per_shard)}
+        if self.speculates:
+            sizes.add(self._batch_size(min(per_shard, self.config.speculation_max_seqs)))
+        self.compile([(self._kind(batch), batch) for batch in sizes])
 
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
@@ -196,7 +198,8 @@ class Runner:
         batch = self._batch_size(max(map(len, by_shard)))
         if not self._sealed:
             # A larger batch costs less than a compilation, as the last requests of many end.
-            ready = [n for kind, n in self._programs if kind == self._kind(n) and n >= batch]
+            kinds = ("speculate",) if burst.width > 1 else ("decode", "speculate")
+            ready = [n for kind, n in self._programs if kind in kinds and n >= batch]
             batch = min(ready, default=batch)
         kind = self._kind(batch)
         table, slots = self._no_rows(batch)
