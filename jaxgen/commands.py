@@ -108,7 +108,8 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
         template_of(args.model.tokenizer())
     defaults, chosen = args.model.generation, {}
     for field in dataclasses.fields(SamplingConfig):
-        for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
+        for source in (args, defaults):
+            said = getattr(source, field.name, None)
             if said is not None:
                 chosen.setdefault(field.name, said)
     sampling = SamplingConfig(**chosen)
@@ -272,7 +273,11 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = (
+    *("--prompt", "--chat", "--max-tokens", "--min-tokens"),
+    *("--temperature", "--top-k", "--top-p", "--min-p"),
+    *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
+)
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),

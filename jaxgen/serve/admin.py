@@ -26,6 +26,8 @@ def describe(name: str, source: Pretrained, engine: Engine) -> Served:
         temperature=1.0 if said.temperature is None else said.temperature,
         top_k=said.top_k or 0,
         top_p=1.0 if said.top_p is None else said.top_p,
+        min_p=said.min_p or 0.0,
+        repetition_penalty=said.repetition_penalty or 1.0,
     )
     return Served(
         name=name,

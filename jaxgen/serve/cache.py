@@ -1,8 +1,9 @@
 """The state of decoding on the device: a line for every slot of the batch, and the pages.
 
-S slots, K stop ids.
+S slots, K stop ids, V vocab, W words of a mask.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.paged import LayerPages
+from jaxgen.serve.request import Request
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
 NUM_STOPS = 4
 NO_STOP = -1
+NOTHING = -1
+"""In the place of a token: the row had ended."""
 
 
 class Slots(NamedTuple):
@@ -38,6 +42,16 @@ class Slots(NamedTuple):
     temperature: Float[Array, " S"]
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
+    min_p: Float[Array, " S"]
+    presence_penalty: Float[Array, " S"]
+    frequency_penalty: Float[Array, " S"]
+    repetition_penalty: Float[Array, " S"]
+    shaped: Bool[Array, " S"]
+    """Rows with a penalty or a bias, which read `VocabRows`."""
+    masked_until: Int[Array, " S"]
+    """Only what their masks let in can be drawn at the positions before this."""
+    logprobs: Bool[Array, " S"]
+    """Rows whose tokens come with log-probabilities."""
 
     @classmethod
     def nobodys(cls, line: Callable[..., Any]) -> "Slots":
@@ -52,7 +66,46 @@ class Slots(NamedTuple):
             temperature=line(0, np.float32),
             top_k=line(0, np.int32),
             top_p=line(1, np.float32),
+            min_p=line(0, np.float32),
+            presence_penalty=line(0, np.float32),
+            frequency_penalty=line(0, np.float32),
+            repetition_penalty=line(1, np.float32),
+            shaped=line(False, np.bool_),
+            masked_until=line(0, np.int32),
+            logprobs=line(False, np.bool_),
         )
+
+    def ask(self, at: int, request: Request) -> None:
+        """Writes what a request asks for into a line of these, which are on the host."""
+        wanted = dataclasses.asdict(request.sampling)
+        wanted |= {
+            "limits": request.limit,
+            "seeds": request.sampling.seed,
+            "shaped": request.sampling.shapes,
+            "masked_until": request.masked_until,
+            "logprobs": request.sampling.logprobs is not None,
+        }
+        for name, value in wanted.items():
+            if name in self._fields:
+                getattr(self, name)[at] = value
+        stop_ids = sorted(request.stop_ids)[:NUM_STOPS]
+        self.stop_ids[at, : len(stop_ids)] = stop_ids
+
+
+class VocabRows(NamedTuple):
+    """What each slot has for every token of the vocabulary, whole on every device.
+
+    Lines of slots that do not ask for them hold what earlier requests left, and are not read.
+    """
+
+    bias: Float[Array, "S V"]
+    """Added to the logits."""
+    prompt: Bool[Array, "S V"]
+    """Whether the prompt has it."""
+    counts: Int[Array, "S V"]
+    """How often the answer has it."""
+    mask: UInt32[Array, "S W"]
+    """A bit for each token, lowest first: whether it can be drawn."""
 
 
 class DecodeState(NamedTuple):
@@ -60,6 +113,7 @@ class DecodeState(NamedTuple):
 
     slots: Slots
     layers: list[LayerPages]
+    vocab: VocabRows
 
 
 def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> DecodeState:
@@ -83,4 +137,11 @@ def empty_state(model: Decoder, slots: int, pages: int, page_size: int) -> Decod
     heads = (config.num_heads, config.num_kv_heads)
     shape = (shards * pages, page_size * config.head_dim)
     layers = [LayerPages.empty(rules, *shape, heads, model.dtype) for _ in range(config.num_layers)]
-    return DecodeState(Slots.nobodys(line), layers)
+    vocab = config.vocab_size
+    rows = VocabRows(
+        bias=line(0, np.float32, vocab),
+        prompt=line(False, np.bool_, vocab),
+        counts=line(0, np.int32, vocab),
+        mask=line(0, np.uint32, -(-vocab // 32)),
+    )
+    return DecodeState(Slots.nobodys(line), layers, rows)

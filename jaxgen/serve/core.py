@@ -5,12 +5,20 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
+from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.reload import Source, stage
-from jaxgen.serve.request import FinishReason, Request, check_prompt
+from jaxgen.serve.request import (
+    FinishReason,
+    Request,
+    SamplingConfig,
+    check_prompt,
+    check_tokens,
+)
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.weights import Dtype, for_serving
@@ -49,7 +57,7 @@ class EngineCore:
         """Those whose end whoever waits for them has to be told of."""
         self._flying: deque[list[Delivery]] = deque()
 
-    def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+    def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         """Checks that the model can go on from a prompt.
 
         Raises:
@@ -57,15 +65,26 @@ class EngineCore:
         """
         config = self.runner.model.config
         sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-        check_prompt(name, prompt, max_tokens, **sizes)
+        check_prompt(name, prompt, sampling.max_tokens, **sizes)
+        if sampling.logit_bias:
+            biased = [token for token, _ in sampling.logit_bias]
+            check_tokens("logit_bias", biased, config.vocab_size)
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request, checked before, into the queue.
 
         Raises:
             QueueFull: too many wait already, and the request is `bounded` by that.
-            UserError: it would not fit into the cache even alone.
+            UserError: it would not fit into the cache even alone, or its constraint is not of this
+                vocabulary or lets nothing in.
         """
+        if request.constraint is not None:
+            vocab_size, mask = self.runner.model.config.vocab_size, request.constraint.mask()
+            if mask.dtype != np.uint32 or mask.shape != (-(-vocab_size // 32),):
+                raise UserError(
+                    f"the constraint's mask is {mask.dtype}{list(mask.shape)} and model.vocab_size="
+                    f"{vocab_size}; use uint32[{-(-vocab_size // 32)}], a bit for each token"
+                )
         with self.changed:
             self.scheduler.submit(request, bounded=bounded)
             self.changed.notify_all()
@@ -80,25 +99,33 @@ class EngineCore:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Gives the device its next work, and returns what came of the work before that.
 
-        So the device has always something to do while the host looks at tokens.
+        So the device has always something to do while the host looks at tokens. Those of rows with
+        a constraint are waited for at once: the next plan needs them.
         """
+        due: list[Delivery] = []
         with self.changed:
             plan = self.scheduler.plan()
             if plan:
-                self._flying.append(self.runner.dispatch(plan))
-        return [] if len(self._flying) < (2 if plan else 1) else self._land()
+                deliveries = self.runner.dispatch(plan)
+                due = [each for each in deliveries if each.constrained]
+                self._flying.append([each for each in deliveries if not each.constrained])
+        if len(self._flying) >= (2 if plan else 1):
+            due = self._flying.popleft() + due
+        return self._deliver(due)
 
     def land(self) -> list[tuple[Request, list[int]]]:
         """Waits for all that the device was given, and returns what came of it."""
-        return [each for _ in range(len(self._flying)) for each in self._land()]
+        due = [delivery for deliveries in self._flying for delivery in deliveries]
+        self._flying.clear()
+        return self._deliver(due)
 
-    def _land(self) -> list[tuple[Request, list[int]]]:
-        fetched = [(each, each.fetch()) for each in self._flying.popleft()]
+    def _deliver(self, due: list[Delivery]) -> list[tuple[Request, list[int]]]:
+        fetched = [(each, each.fetch()) for each in due]
         came = []
         with self.changed:
             for delivery, rows in fetched:
-                for row, tokens in rows:
-                    taken = self.scheduler.deliver(row, tokens, asked=delivery.asked)
+                for row, tokens, logprobs in rows:
+                    taken = self.scheduler.deliver(row, tokens, logprobs, asked=delivery.asked)
                     self.tokens_generated += len(taken)
                     came.append((row.request, taken))
         return came

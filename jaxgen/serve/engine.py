@@ -18,7 +18,7 @@ from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.reload import Reloaded, ReloadRunning, Source, check_tokenizer
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 _CLOSED = "the engine is closed; make another"
@@ -127,6 +127,7 @@ class Engine:
         stop: Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
         bounded: bool = True,
         deliver: Deliver | None = None,
     ) -> Answer:
@@ -139,6 +140,7 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
+            constraint: what the answer may be; this request's own.
             bounded: whether it is refused where too many wait.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
@@ -149,13 +151,14 @@ class Engine:
         """
         core, stops, stream = self._core, set(stop_ids), None
         tokens, sampling = self._encode(prompt), sampling or SamplingConfig()
-        core.check("the prompt", tokens, sampling.max_tokens)
+        core.check("the prompt", tokens, sampling)
         if self._tokenizer is not None:
             stops |= set() if ignore_eos else {self._tokenizer.eos_id}
             stream = TextStream(self._tokenizer)
         elif stop:
             raise UserError(_NEEDS_TOKENIZER)
-        request = Request(tuple(map(int, tokens)), sampling, frozenset(stops), priority)
+        tokens = tuple(map(int, tokens))
+        request = Request(tokens, sampling, frozenset(stops), priority, constraint)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             self._check_open()
@@ -188,7 +191,7 @@ class Engine:
             sampling = [sampling or SamplingConfig()] * len(prompts)
         tokens, answers = list(map(self._encode, prompts)), []
         for i, (prompt, each) in enumerate(zip(tokens, sampling, strict=True)):
-            self._core.check(f"prompt {i}", prompt, each.max_tokens)
+            self._core.check(f"prompt {i}", prompt, each)
         try:
             for prompt, each in zip(tokens, sampling, strict=True):
                 answer = self.submit(prompt, each, stop_ids=stop_ids, stop=stop, bounded=False)

@@ -8,7 +8,7 @@ from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 # Prompts answered at once; more take their turns.
@@ -36,10 +36,24 @@ class Generator:
     ) -> list[list[int]]:
         """Returns the tokens that follow each prompt, without the stop id that ended them.
 
+        As `answer`, of which this is the output.
+        """
+        return [request.output for request in self.answer(prompts, sampling, stop_ids)]
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        stop_ids: Sequence[int] = (),
+        constraints: Sequence[Constraint | None] | None = None,
+    ) -> list[Request]:
+        """Returns what has come of each prompt: tokens, log-probabilities, why it ended.
+
         Args:
             prompts: token ids, each at least one.
             sampling: for all prompts, or one for each.
             stop_ids: tokens that end a text.
+            constraints: one for each prompt, or None.
 
         Raises:
             UserError: a prompt is empty, too long for the model, or not of its vocabulary.
@@ -47,15 +61,18 @@ class Generator:
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else sampling
         if len(samplings) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(samplings)} samplings")
+        constraints = [None] * len(prompts) if constraints is None else constraints
         requests = []
-        for i, (prompt, each) in enumerate(zip(prompts, samplings, strict=True)):
-            self.core.check(f"prompt {i}", prompt, each.max_tokens)
-            requests.append(Request(tuple(map(int, prompt)), each, frozenset(stop_ids)))
+        all = zip(prompts, samplings, constraints, strict=True)
+        for i, (prompt, each, constraint) in enumerate(all):
+            self.core.check(f"prompt {i}", prompt, each)
+            prompt, stops = tuple(map(int, prompt)), frozenset(stop_ids)
+            requests.append(Request(prompt, each, stops, constraint=constraint))
         if requests:
             self.core.runner.compile_for(len(requests))
             with progress("generating", len(requests), in_bytes=False) as show:
                 self.core.run(requests, show)
-        return [request.output for request in requests]
+        return requests
 
 
 def generate(

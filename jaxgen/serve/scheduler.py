@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxgen.errors import UserError
 from jaxgen.serve.blocks import Blocks, Chain
-from jaxgen.serve.request import FinishReason, QueueFull, Request
+from jaxgen.serve.request import FinishReason, QueueFull, Request, TokenLogprobs
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,18 +56,26 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class Burst:
+    """Rows that decode together."""
+
+    rows: list[Row]
+    """In order of their slots."""
+    steps: int
+    """Tokens that each of them gets at most."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the device does next, in this order."""
 
     rounds: list[list[Chunk]]
     """Chunks to read; those of one round are of different shards and go together."""
-    rows: list[Row]
-    """Rows that decode, in order of their slots."""
-    steps: int
-    """Tokens that each of them gets at most."""
+    bursts: list[Burst]
+    """Those with a constraint in one of one step, the others in one."""
 
     def __bool__(self) -> bool:
-        return bool(self.rounds or self.rows)
+        return bool(self.rounds or self.bursts)
 
 
 class Scheduler:
@@ -76,6 +84,9 @@ class Scheduler:
     Requests are admitted by (priority, arrival) as slots and blocks become free, their prompts read
     in chunks beside the decoding of the others. If blocks run out, the row that ranks last gives up
     its place and is read again later, with the tokens that it has.
+
+    A row with a constraint decodes one token, and again when that has come: only then is it known
+    what the next one may be.
     """
 
     def __init__(
@@ -150,6 +161,8 @@ class Scheduler:
                 f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
                 f"{self.max_queued_tokens}; try again later"
             )
+        if not request.look_ahead():
+            raise UserError("the constraint lets no token in; give it one that an answer can meet")
         request.arrival = next(self._arrivals)
         self._queue(request)
 
@@ -170,6 +183,7 @@ class Scheduler:
         rows = sorted((row for row in self.rows if row.decoding), key=lambda row: row.slot)
         # A row that has been asked for all its tokens only waits for their delivery.
         rows = [row for row in rows if self._known(row) < row.request.limit]
+        rows = [row for row in rows if row.request.constraint is None or not row.pending]
         busy = any(not row.decoding for row in self.rows) or (self._waiting and any(self._slots))
         steps = self._reserve(rows, max(1, self.burst // 4) if busy else self.burst)
         rows = [row for row in rows if not row.left]
@@ -177,10 +191,16 @@ class Scheduler:
             self._admit()
         rounds = self._read()
         if not steps:
-            return Plan(rounds, [], 0)
+            return Plan(rounds, [])
         for row in rows:
-            row.pending = min(row.pending + steps, row.request.limit - row.request.length)
-        return Plan(rounds, rows, steps)
+            left = row.request.limit - row.request.length
+            row.pending = min(row.pending + self._steps(row, steps), left)
+        # Constrained ones first: the host looks at their tokens while the others decode.
+        parts = [
+            [row for row in rows if (row.request.constraint is None) is free]
+            for free in (False, True)
+        ]
+        return Plan(rounds, [Burst(part, self._steps(part[0], steps)) for part in parts if part])
 
     def restart(self, salt: bytes) -> None:
         """Has all rows read again, and nothing found that was cached before.
@@ -200,18 +220,26 @@ class Scheduler:
         for request in waiting:
             self._queue(request)
 
-    def deliver(self, row: Row, tokens: Sequence[int], *, asked: int) -> list[int]:
+    def deliver(
+        self,
+        row: Row,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        asked: int,
+    ) -> list[int]:
         """Gives a row the tokens that came of a plan; returns those that belong to the answer.
 
         Args:
             row: of the plan.
             tokens: what was generated, a stop id and what follows it included.
+            logprobs: of these, if it wants them.
             asked: the most that the plan asked for.
         """
         if row.left:
             return []
         request = row.request
-        taken = request.append(tokens)
+        taken = request.append(tokens, logprobs)
         left = request.limit - request.length
         row.pending = min(max(row.pending - asked, 0), left)
         self._remember(row)
@@ -235,6 +263,8 @@ class Scheduler:
             self.rows.append(row)
             self.prompt_tokens += len(row.tokens)
             self.prompt_tokens_found += row.read
+            if row.request.prefix_tokens is None:
+                row.request.prefix_tokens = row.read
 
     def _place(self, request: Request, chain: Chain) -> Row | None:
         """Returns a row for the request in the shard that suits best, or None if none has room."""
@@ -318,9 +348,13 @@ class Scheduler:
             missing[row.shard] += self._short(row, steps)
         return missing
 
+    def _steps(self, row: Row, steps: int) -> int:
+        """How many of so many steps the row takes."""
+        return steps if row.request.constraint is None else 1
+
     def _short(self, row: Row, steps: int) -> int:
         """Blocks that a row lacks for so many steps: the last token of all is never written."""
-        written = min(self._known(row) + steps, row.request.limit) - 1
+        written = min(self._known(row) + self._steps(row, steps), row.request.limit) - 1
         return max(0, self.pools[row.shard].needed(written) - len(row.blocks))
 
     def _preempt(self, row: Row) -> None:
