@@ -119,7 +119,7 @@ class EngineCore:
         self._flying.clear()
         return self._deliver(due)
 
-    def _deliver(self, due: list[Delivery]) -> list[tuple[Request, list[int]]]:
+    def _deliver(self, due) -> list[tuple[Request, list[int]]]:
         fetched = [(each, each.fetch()) for each in due]
         came = []
         with self.changed:
