@@ -46,7 +46,7 @@ ALLOWED = {
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE
     | {"fields", "peaks", "progress", "tables", "nn", "models", "data", "config"}
-    | {"checkpoint", "pretrained"},
+    | {"pretrained"},
     "eval": BASE
     | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},

@@ -3,13 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.models.config import DecoderConfig
@@ -69,13 +69,18 @@ def stage(
         model = source.read(abstract_model(source.serve_config(), mesh, source.dtype))
     with jax.set_mesh(mesh):
         model = convert(model)
-        finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
-        named, wanted = named_leaves(model), jax.tree.leaves(running)
-        for (name, _), well in zip(named, finite(jax.tree.leaves(model)), strict=True):
-            if not well:
+        params = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)[0]
+        for path, param in params:
+            if not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(param)):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(f"{where} has numbers in {name} that are not finite; restore it")
-    assert [(x.shape, x.dtype) for _, x in named] == [(x.shape, x.dtype) for x in wanted]
-    return [leaf for _, leaf in named]
+    staged, wanted = jax.tree.leaves(model), jax.tree.leaves(running)
+    assert [(x.shape, x.dtype) for x in staged] == [(x.shape, x.dtype) for x in wanted]
+    return staged
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param)
 
 
 def check_tokenizer(source: Pretrained, running: Tokenizer | None) -> None:

@@ -229,7 +229,7 @@ class Runner:
     def _compiled(self, key: Key) -> jax.stages.Compiled:
         if key not in self._programs:
             assert not self._sealed, f"{key} is not among the programs compiled ahead"
-            self.compile([key])
+            self._programs[key] = self._compile(key, self.num_pages)
         return self._programs[key]
 
     def _no_chunks(self, size: int) -> Chunks:

@@ -276,7 +276,7 @@ def _draw(
     hidden: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
 ) -> tuple[Int[Array, "B T"], Scores]:
-    """Returns the tokens that `hidden` calls for, at `positions` of their sequences; see `sample`."""
+    """Returns the tokens that `hidden` calls for at `positions`, and how likely they were."""
     shape = positions.shape
     logits = _flat(reshard(model.logits(hidden), model.rules.here()("batch", None, None)))
 

@@ -222,7 +222,7 @@ def test_the_command_serves_a_folder_to_who_has_a_key(tmp_path):
         reading, compiling, ready_after = said.splitlines()[-3:]
         assert reading == f"jaxgen: reading {tmp_path / 'small'}"
         assert compiling.startswith("jaxgen: compiling, after ")
-        assert ready_after.startswith("jaxgen: 3 programs compiled, ready after ")
+        assert ready_after.startswith("jaxgen: 6 programs compiled, ready after ")
     finally:
         process.kill()
         process.communicate()
