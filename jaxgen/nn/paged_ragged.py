@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxgen.errors import UserError
 from jaxgen.nn.flash import LANES
 
-# Of the keys and values of a row that the kernel reads at a time, into one of two buffers in VMEM.
-# A row's last block is read whole: less than 1,024 tokens more than it has, of one bf16 head of 128.
+# Of a row's keys and values that the kernel reads at a time, into one of two buffers in VMEM. The
+# last block is read whole: less than 1,024 tokens more than the row has, of one bf16 head of 128.
 # Two on their way are 1.3 us of the HBM of v5e; smaller ones would wait for its latency.
 BLOCK_BYTES = 1 << 19
 # Queries of one block, the kernel's own default.

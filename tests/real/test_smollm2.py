@@ -144,6 +144,7 @@ def test_it_answers(smollm2):
     assert done.stdout == "The answer to this classic math problem is 4.\n", done.stderr
 
 
+@pytest.mark.skipif(not LICENCE.exists(), reason="has no text of Debian's")
 def test_int8_keys_and_values_cost_less_than_a_thousandth_of_a_nat(alone):
     """Of the loss on 4,096 tokens that are read in chunks, as prompts are."""
     model, tokenizer, mesh = alone
