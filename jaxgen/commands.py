@@ -107,7 +107,8 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
         template_of(args.model.tokenizer())
     defaults, chosen = args.model.generation, {}
     for field in dataclasses.fields(SamplingConfig):
-        for said in (getattr(args, field.name), getattr(defaults, field.name, None)):
+        for source in (args, defaults):
+            said = getattr(source, field.name, None)
             if said is not None:
                 chosen.setdefault(field.name, said)
     sampling = SamplingConfig(**chosen)
@@ -115,12 +116,22 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
+    more = {"chat": args.chat, "draft": _load_draft(args, config, mesh)}
     with jax.set_mesh(mesh):
-        completions = generate_text(
-            model, tokenizer, prompts, samplings, defaults.stop_ids, chat=args.chat
-        )
+        completions = generate_text(model, tokenizer, prompts, samplings, defaults.stop_ids, **more)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(completion if args.chat else prompt + completion)
+
+
+def _load_draft(args: argparse.Namespace, config: Any, mesh: Any) -> Any:
+    """Returns the model of `--draft`, split as the other is; None without."""
+    if args.draft is None:
+        return None
+    from jaxgen.pretrained import load_model, open_model
+
+    found = open_model(args.draft)
+    given = found.serve_config(config.mesh)
+    return load_model(found, dataclasses.replace(given, rules=config.rules), mesh)[0]
 
 
 def _serve(args: argparse.Namespace, config: Any) -> int:
@@ -149,13 +160,19 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         temperature=1.0 if said.temperature is None else said.temperature,
         top_k=said.top_k or 0,
         top_p=1.0 if said.top_p is None else said.top_p,
+        min_p=said.min_p or 0.0,
+        repetition_penalty=said.repetition_penalty or 1.0,
     )
     mesh = make_mesh(config.mesh)
+    settings = config.engine
+    if args.draft is not None and "engine.speculation" not in args.overrides:
+        settings = dataclasses.replace(settings, speculation="draft")
 
     def start() -> tuple[Served, Engine]:
         model, tokenizer = load_model(args.model, config, mesh)
+        draft = _load_draft(args, config, mesh)
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, config.engine)
+            engine = Engine(model, tokenizer, settings, draft=draft)
         served = Served(
             name=name,
             tokenizer=tokenizer,
@@ -270,15 +287,21 @@ def _doctor(args: argparse.Namespace, config: Any) -> int:
     return 0 if examine() else 1
 
 
-SAMPLING = ("--prompt", "--chat", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed")
+SAMPLING = (
+    *("--prompt", "--chat", "--max-tokens", "--min-tokens"),
+    *("--temperature", "--top-k", "--top-p", "--min-p"),
+    *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
+)
 COMMANDS = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
-    "generate": Command("Continues texts with a trained model.", _generate, MODEL, SAMPLING),
+    "generate": Command(
+        "Continues texts with a trained model.", _generate, MODEL, (*SAMPLING, "--draft")
+    ),
     "serve": Command(
         "Serves a model over HTTP, as OpenAI does.",
         _serve,
         MODEL,
-        ("--host", "--port", "--name", "--api-key-file"),
+        ("--host", "--port", "--name", "--api-key-file", "--draft"),
         serves=True,
     ),
     "eval": Command(

@@ -45,9 +45,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "each prompt is a user's message; the model's chat template makes a text of it",
     },
     "--max-tokens": _number("N", "most new tokens per prompt", 128),
+    "--min-tokens": _number("N", "fewest new tokens per prompt", 0),
     "--temperature": _sampling("T", "divides the logits; 0 takes the likeliest token", 0.0),
     "--top-k": _sampling("K", "sample among the K likeliest tokens; 0 for all", 0),
     "--top-p": _sampling("P", "sample among the likeliest tokens that sum to probability P", 1.0),
+    "--min-p": _sampling("P", "sample among tokens P times as likely as the likeliest", 0.0),
+    "--presence-penalty": _number("X", "taken off the logits of tokens that the text got", 0.0),
+    "--frequency-penalty": _number("X", "likewise, as often as it got them", 0.0),
+    "--repetition-penalty": _sampling("X", "divides the logits of all tokens of the text", 1.0),
     "--data": {
         "metavar": "FILE.jsonl",
         "help": "at any location: questions with choices, or texts; one JSON object a line",
@@ -89,6 +94,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": "API keys, one a line, of which requests must bring one; so is JAXGEN_API_KEY "
         "(default: whoever reaches the server may ask)",
+    },
+    "--draft": {
+        "metavar": "MODEL",
+        "help": "a smaller model of the same vocabulary, whose guesses MODEL verifies several at a "
+        "time; answers stay the same",
     },
     "--iterations": _number("N", "timed runs of each, of which the median counts", 10),
 }

@@ -41,6 +41,10 @@ class GenerationDefaults:
     """0 for all."""
     top_p: float | None = None
     """1 for all."""
+    min_p: float | None = None
+    """0 for all."""
+    repetition_penalty: float | None = None
+    """1 for none."""
 
 
 class Pretrained(abc.ABC):

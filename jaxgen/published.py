@@ -79,7 +79,8 @@ class Published(Pretrained):
         temperature = 0.0
         if said.get("do_sample"):
             temperature = 1.0 if said.get("temperature") is None else said["temperature"]
-        return GenerationDefaults(stops, temperature, said.get("top_k"), said.get("top_p"))
+        names = ("top_k", "top_p", "min_p", "repetition_penalty")
+        return GenerationDefaults(stops, temperature, **{name: said.get(name) for name in names})
 
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the weights; see `Pretrained`."""

@@ -12,6 +12,7 @@ from formats.small_folders import write_folder
 
 from jaxgen.cli import main
 from jaxgen.commands import COMMANDS
+from jaxgen.serve.request import SamplingConfig
 
 ROOT = Path(__file__).parent.parent
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -211,28 +212,33 @@ def model(tmp_path_factory):
     """A Hugging Face folder, whose makers draw."""
     folder = tmp_path_factory.mktemp("model")
     said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 257]}
+    said["repetition_penalty"] = 1.1
     write_folder(folder, generation=said)
     return str(folder)
 
 
 @pytest.mark.parametrize(
-    ("argv", "temperature", "top_k", "top_p"),
+    ("argv", "changes"),
     [
-        ((), 0.6, 0, 0.9),
-        (("--temperature", "0"), 0, 0, 0.9),
-        (("--top-k", "5", "--top-p", "1"), 0.6, 5, 1),
+        ((), {}),
+        (("--temperature", "0"), {"temperature": 0}),
+        (("--top-k", "5", "--top-p", "1"), {"top_k": 5, "top_p": 1}),
+        (("--min-p", "0.1", "--repetition-penalty", "1"), {"min_p": 0.1, "repetition_penalty": 1}),
+        (
+            ("--presence-penalty=-1", "--frequency-penalty", "2", "--min-tokens", "4"),
+            {"presence_penalty": -1, "frequency_penalty": 2, "min_tokens": 4},
+        ),
     ],
 )
 def test_generate_draws_as_the_model_says_unless_it_is_told(
-    monkeypatch, capsys, model, argv, temperature, top_k, top_p
+    monkeypatch, capsys, model, argv, changes
 ):
-    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft):
         assert (set(stop_ids), tokenizer.eos_id) == ({7, 257}, 257)
         assert not chat
-        assert [s.seed for s in samplings] == [4, 5]
-        for s in samplings:
-            assert (s.temperature, s.top_k, s.top_p) == (temperature, top_k, top_p)
-            assert s.max_tokens == 128
+        assert draft is None
+        said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1} | changes
+        assert samplings == [SamplingConfig(seed=seed, **said) for seed in (4, 5)]
         return [prompt.upper() for prompt in prompts]
 
     monkeypatch.setattr("jaxgen.serve.generate.generate_text", generate_text)
@@ -248,6 +254,22 @@ def test_generate_takes_a_folder_on_a_mesh(capsys, model):
     assert drawn.startswith("hello")
     assert main([*argv, "--temperature", "0"]) == 0
     assert capsys.readouterr().out != drawn
+
+
+def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
+    # Drafts of a model as large as the other would otherwise never be tried.
+    monkeypatch.setattr("jaxgen.serve.speculate.drafting_cost", lambda *_: 0.0)
+    argv = ["generate", model, "--prompt", "hello", "--max-tokens", "8"]
+    argv += ["--repetition-penalty", "1"]
+    assert main(argv) == 0
+    drawn = capsys.readouterr().out
+    assert main([*argv, "--draft", model]) == 0
+    assert capsys.readouterr().out == drawn
+    assert main([*argv, "--draft", "nowhere"]) == 2
+    assert "nowhere is no model" in capsys.readouterr().err
+    argv = ["serve", model, "--port", "0", "--draft", model, "--engine.speculation", "off"]
+    assert main(argv) == 2
+    assert "speculation='off' and a draft model; use 'draft'" in capsys.readouterr().err
 
 
 def test_convert_writes_a_folder_and_no_second_time(capsys, model, tmp_path):

@@ -131,6 +131,7 @@ def test_another_dtype_is_said_in_the_config(folder, mesh, tmp_path):
         ({"do_sample": True}, (1.0, None, None)),
         ({"do_sample": True, "temperature": None, "top_k": None}, (1.0, None, None)),
         ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}, (0.6, 20, 0.9)),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, (0.0, None, None, 0.1, 1.1)),
     ],
 )
 def test_generation_defaults_are_those_of_the_folder(tmp_path, said, defaults):

@@ -1,12 +1,12 @@
 """An answer on its way from the engine's thread to whoever asked."""
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxgen.data.text_stream import TextStream
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import FinishReason, Request
+from jaxgen.serve.request import FinishReason, Request, TokenLogprobs
 from jaxgen.serve.stop import StopStrings
 
 
@@ -17,6 +17,8 @@ class Piece(NamedTuple):
     """Those of a stop string included; a stop id is not."""
     text: str
     """Without a stop string; a character appears once all its bytes are there."""
+    logprobs: Sequence[TokenLogprobs] = ()
+    """Of these tokens, if the sampling asks for them."""
 
 
 Deliver = Callable[[Piece | BaseException | None], None]
@@ -36,6 +38,7 @@ class Answer:
     ):
         self._core, self._request, self._stream = core, request, stream
         self._stop = StopStrings(stop)
+        self._count = 0
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
         self._deliver = deliver or self._pieces.put
 
@@ -60,7 +63,8 @@ class Answer:
         """Waits for the rest, and returns it in one piece."""
         pieces = list(self)
         tokens = [token for piece in pieces for token in piece.tokens]
-        return Piece(tokens, "".join(piece.text for piece in pieces))
+        logprobs = [each for piece in pieces for each in piece.logprobs]
+        return Piece(tokens, "".join(piece.text for piece in pieces), logprobs)
 
     def cancel(self) -> None:
         """Ends it; what has come so far stays."""
@@ -74,7 +78,10 @@ class Answer:
         text, found, reason = "", False, self.finish_reason
         if self._stream is not None:
             for count, token in enumerate(tokens, start=1):
-                new, found = self._stop.push(self._stream.push(token))
+                new = self._stream.push(token)
+                # An answer is not to end before that, so what looks like its end there is none.
+                if self._count + count >= self._request.sampling.min_tokens:
+                    new, found = self._stop.push(new)
                 text += new
                 if found:  # What a burst has made after it is no part of the answer.
                     tokens = tokens[:count]
@@ -86,7 +93,9 @@ class Answer:
                 self._core.cancel(self._request, "stop")
                 self._request.finish_reason = reason = "stop"
         if tokens or text:
-            self._deliver(Piece(tokens, text))
+            first, self._count = self._count, self._count + len(tokens)
+            logprobs = self._request.output_logprobs[first : self._count]
+            self._deliver(Piece(tokens, text, logprobs))
         if reason is not None:
             self._deliver(None)
         return reason is not None

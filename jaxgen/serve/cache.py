@@ -1,8 +1,9 @@
 """The state of decoding on the device: a line for every slot of the batch, and the pages.
 
-S slots, K stop ids.
+S slots, K stop ids, V vocab, W words of a mask, L longest sequence.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
+from jaxgen.nn.paged import LayerPages, empty_pages
+from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.request import Request
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
 NUM_STOPS = 4
 NO_STOP = -1
+NOTHING = -1
+"""In the place of a token: the row had ended."""
 
 
 class Slots(NamedTuple):
@@ -37,6 +42,16 @@ class Slots(NamedTuple):
     temperature: Float[Array, " S"]
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
+    min_p: Float[Array, " S"]
+    presence_penalty: Float[Array, " S"]
+    frequency_penalty: Float[Array, " S"]
+    repetition_penalty: Float[Array, " S"]
+    shaped: Bool[Array, " S"]
+    """Rows with a penalty or a bias, which read `VocabRows`."""
+    masked_until: Int[Array, " S"]
+    """Only what their masks let in can be drawn at the positions before this."""
+    logprobs: Bool[Array, " S"]
+    """Rows whose tokens come with log-probabilities."""
 
     @classmethod
     def nobodys(cls, line: Callable[..., Any]) -> "Slots":
@@ -51,7 +66,61 @@ class Slots(NamedTuple):
             temperature=line(0, np.float32),
             top_k=line(0, np.int32),
             top_p=line(1, np.float32),
+            min_p=line(0, np.float32),
+            presence_penalty=line(0, np.float32),
+            frequency_penalty=line(0, np.float32),
+            repetition_penalty=line(1, np.float32),
+            shaped=line(False, np.bool_),
+            masked_until=line(0, np.int32),
+            logprobs=line(False, np.bool_),
         )
+
+    def ask(self, at: int, request: Request) -> None:
+        """Writes what a request asks for into a line of these, which are on the host."""
+        wanted = dataclasses.asdict(request.sampling)
+        wanted |= {
+            "limits": request.limit,
+            "seeds": request.sampling.seed,
+            "shaped": request.sampling.shapes,
+            "masked_until": request.masked_until,
+            "logprobs": request.sampling.logprobs is not None,
+        }
+        for name, value in wanted.items():
+            if name in self._fields:
+                getattr(self, name)[at] = value
+        stop_ids = sorted(request.stop_ids)[:NUM_STOPS]
+        self.stop_ids[at, : len(stop_ids)] = stop_ids
+
+
+class VocabRows(NamedTuple):
+    """What each slot has for every token of the vocabulary, whole on every device.
+
+    Lines of slots that do not ask for them hold what earlier requests left, and are not read.
+    """
+
+    bias: Float[Array, "S V"]
+    """Added to the logits."""
+    prompt: Bool[Array, "S V"]
+    """Whether the prompt has it."""
+    counts: Int[Array, "S V"]
+    """How often the answer has it."""
+    mask: UInt32[Array, "S W"]
+    """A bit for each token, lowest first: whether it can be drawn."""
+
+
+class Drafts(NamedTuple):
+    """What the next tokens are guessed from, where they are; slots as in `Slots`."""
+
+    history: Int[Array, "S L"]
+    """The tokens of rows, prompts included."""
+    gain: Float[Array, " S"]
+    """How many drafts are expected to stand, of one step."""
+    mean_gain: Float[Array, ""]
+    """Of all rows so far, which a new one begins with."""
+    known: Int[Array, " S"]
+    """Tokens of rows that the draft model's cache has; what it lacks costs drafts, not answers."""
+    layers: list[LayerPages]
+    """Of the draft model, with the pages of the model's own; empty without one."""
 
 
 class DecodeState(NamedTuple):
@@ -59,36 +128,66 @@ class DecodeState(NamedTuple):
 
     slots: Slots
     layers: list[LayerPages]
+    vocab: VocabRows
+    drafts: Drafts | None = None
+    """None where nothing is guessed."""
 
 
-def empty_state(
-    model: Decoder,
-    slots: int,
-    pages: int,
-    page_size: int,
-    *,
-    attention: PagedBackend = "auto",
-    int8: bool = False,
-) -> DecodeState:
+def empty_state(model: Decoder, slots: int, pages: int, config: EngineConfig) -> DecodeState:
     """Returns a state in which no slot and no page is anybody's; call it inside the mesh.
 
     Args:
         model: from `for_serving`.
         slots: rows that can run at once on all devices together.
         pages: of each shard of rows.
-        page_size: tokens of a page on each device that has a part of it.
-        attention: what reads the pages; see `empty_pages`.
-        int8: whether keys and values are.
+        config: what pages are like.
     """
-    config, rules = model.config, model.rules.here()
+    rules = model.rules.here()
 
     def line(value, dtype, *shape):
         shape = (slots + 1, *shape)
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
 
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    layers = [
-        empty_pages(rules, pages, page_size, heads, model.dtype, backend=attention, int8=int8)
-        for _ in range(config.num_layers)
-    ]
-    return DecodeState(Slots.nobodys(line), layers)
+    vocab = model.config.vocab_size
+    rows = VocabRows(
+        bias=line(0, np.float32, vocab),
+        prompt=line(False, np.bool_, vocab),
+        counts=line(0, np.int32, vocab),
+        mask=line(0, np.uint32, -(-vocab // 32)),
+    )
+    return DecodeState(Slots.nobodys(line), empty_layers(model, pages, config), rows)
+
+
+def empty_drafts(
+    model: Decoder, draft: Decoder | None, slots: int, pages: int, config: EngineConfig
+) -> Drafts:
+    """Returns what drafts are made from, of the size of `empty_state`.
+
+    Args:
+        model: from `for_serving`.
+        draft: likewise, if there is one.
+        slots: as there.
+        pages: as there.
+        config: as there.
+    """
+    rules, gain = model.rules.here(), config.draft_tokens / 2
+
+    def full(value, dtype, *shape):
+        return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
+
+    return Drafts(
+        history=full(0, np.int32, slots + 1, model.config.max_seq_len),
+        gain=full(gain, np.float32, slots + 1),
+        mean_gain=full(gain, np.float32),
+        known=full(0, np.int32, slots + 1),
+        layers=[] if draft is None else empty_layers(draft, pages, config),
+    )
+
+
+def empty_layers(model: Decoder, pages: int, config: EngineConfig) -> list[LayerPages]:
+    """Returns the pages of a model's layers."""
+    shape = model.config
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    how = {"backend": config.attention, "int8": config.kv_dtype == "int8"}
+    args = (model.rules.here(), pages, config.block_size, heads, model.dtype)
+    return [empty_pages(*args, **how) for _ in range(shape.num_layers)]

@@ -1,10 +1,12 @@
 """What an engine may use, and how it deals with many requests."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxgen.errors import UserError
 from jaxgen.nn.paged import PagedBackend
+
+Speculation = Literal["off", "prompt_lookup", "draft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +35,29 @@ class EngineConfig:
     """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
     everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
     int8 and mesh.context is 1, and otherwise `gather`."""
+    speculation: Speculation = "off"
+    """Where tokens come from that one step of the model verifies together: what followed the same
+    tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""
+    draft_tokens: int = 4
+    """Tokens guessed at once, at most."""
+    ngram: int = 3
+    """Tokens that must have occurred before, for prompt lookup to guess what follows."""
+    speculation_max_seqs: int = 8
+    """Requests that run at once, beyond which nothing is guessed: many rows keep the device busy
+    without."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20
     """Tokens of the prompts of waiting requests at most."""
 
     def __post_init__(self):
+        if self.speculation not in get_args(Speculation):
+            ways = ", ".join(get_args(Speculation))
+            raise UserError(f"speculation={self.speculation!r}; use one of {ways}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1 and field.name != "prefix_cache":
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if number and value < 1:
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

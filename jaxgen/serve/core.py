@@ -4,10 +4,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
-from jaxgen.serve.request import FinishReason, Request, check_prompt
+from jaxgen.serve.request import (
+    FinishReason,
+    Request,
+    SamplingConfig,
+    check_prompt,
+    check_tokens,
+)
 from jaxgen.serve.runner import Delivery, Runner
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.weights import Dtype, for_serving
@@ -23,10 +32,17 @@ class EngineCore:
     `expert`, kv heads over `tensor`, the tokens of each row over `context`.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig, dtype: Dtype | None = None):
-        """Makes a copy of the model for decoding; see `for_serving`."""
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        dtype: Dtype | None = None,
+        draft: Decoder | None = None,
+    ):
+        """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
         self.config = config
-        self.runner = Runner(for_serving(model, dtype), config)
+        draft = None if draft is None else for_serving(draft, dtype)
+        self.runner = Runner(for_serving(model, dtype), config, draft)
         self.pools = [
             Blocks(self.runner.num_pages, self.runner.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)
@@ -38,13 +54,15 @@ class EngineCore:
             burst=config.burst,
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
+            width=1 if config.speculation == "off" else config.draft_tokens + 1,
+            wide_rows=config.speculation_max_seqs,
         )
-        self.tokens_generated = 0
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""
         self._flying: deque[list[Delivery]] = deque()
 
-    def check(self, name: str, prompt: Sequence[int], max_tokens: int) -> None:
+    def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         """Checks that the model can go on from a prompt.
 
         Raises:
@@ -52,15 +70,26 @@ class EngineCore:
         """
         config = self.runner.model.config
         sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
-        check_prompt(name, prompt, max_tokens, **sizes)
+        check_prompt(name, prompt, sampling.max_tokens, **sizes)
+        if sampling.logit_bias:
+            biased = [token for token, _ in sampling.logit_bias]
+            check_tokens("logit_bias", biased, config.vocab_size)
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request, checked before, into the queue.
 
         Raises:
             QueueFull: too many wait already, and the request is `bounded` by that.
-            UserError: it would not fit into the cache even alone.
+            UserError: it would not fit into the cache even alone, or its constraint is not of this
+                vocabulary or lets nothing in.
         """
+        if request.constraint is not None:
+            vocab_size, mask = self.runner.model.config.vocab_size, request.constraint.mask()
+            if mask.dtype != np.uint32 or mask.shape != (-(-vocab_size // 32),):
+                raise UserError(
+                    f"the constraint's mask is {mask.dtype}{list(mask.shape)} and model.vocab_size="
+                    f"{vocab_size}; use uint32[{-(-vocab_size // 32)}], a bit for each token"
+                )
         with self.changed:
             self.scheduler.submit(request, bounded=bounded)
             self.changed.notify_all()
@@ -73,20 +102,29 @@ class EngineCore:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Gives the device its next work, and returns what came of the work before that.
 
-        So the device has always something to do while the host looks at tokens.
+        So the device has always something to do while the host looks at tokens. Those of rows with
+        a constraint are waited for at once: the next plan needs them.
         """
+        due: list[Delivery] = []
         with self.changed:
             plan = self.scheduler.plan()
             if plan:
-                self._flying.append(self.runner.dispatch(plan))
-        if len(self._flying) < (2 if plan else 1):
-            return []
-        fetched = [(each, each.fetch()) for each in self._flying.popleft()]
+                deliveries = self.runner.dispatch(plan)
+                due = [each for each in deliveries if each.constrained]
+                self._flying.append([each for each in deliveries if not each.constrained])
+        if len(self._flying) >= (2 if plan else 1):
+            due = self._flying.popleft() + due
+        fetched = [(each, each.fetch()) for each in due]
         came = []
         with self.changed:
             for delivery, rows in fetched:
-                for row, tokens in rows:
-                    taken = self.scheduler.deliver(row, tokens, asked=delivery.asked)
+                if delivery.guessed is not None:
+                    drafted, accepted = np.asarray(delivery.guessed).tolist()
+                    self.tokens_drafted += drafted
+                    self.tokens_accepted += accepted
+                counts = {"asked": delivery.asked, "promised": delivery.promised}
+                for row, tokens, logprobs in rows:
+                    taken = self.scheduler.deliver(row, tokens, logprobs, **counts)
                     self.tokens_generated += len(taken)
                     came.append((row.request, taken))
         return came

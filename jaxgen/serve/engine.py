@@ -15,7 +15,7 @@ from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 
@@ -39,6 +39,10 @@ class EngineStats:
     """Of these, those that the prefix cache had."""
     tokens_generated: int
     """Tokens of answers."""
+    tokens_drafted: int
+    """Tokens that were guessed for the model to verify."""
+    tokens_accepted: int
+    """Of these, those that it drew itself."""
     preemptions: int
     """Times that a request lost its place to others."""
     compilations: int
@@ -64,6 +68,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         dtype: Dtype | None = None,
+        draft: Decoder | None = None,
     ):
         """Compiles everything and starts the thread.
 
@@ -72,16 +77,19 @@ class Engine:
             tokenizer: for prompts and answers that are text; its end of text ends every answer.
             config: how many requests it serves at once, and how.
             dtype: of weights and cache; None for that of `for_serving`.
+            draft: a smaller model of the same vocabulary on the same mesh, for
+                `speculation="draft"`.
 
         Raises:
-            UserError: the mesh cannot serve, or is one of several processes.
+            UserError: the mesh cannot serve, or is one of several processes; the draft model does
+                not suit the model.
         """
         if jax.process_count() > 1:
             raise UserError(
                 f"an engine serves from one process and there are {jax.process_count()}, which "
                 "would each see other requests first; use jaxgen.Generator, alike in all of them"
             )
-        self._core = EngineCore(model, config or EngineConfig(), dtype)
+        self._core = EngineCore(model, config or EngineConfig(), dtype, draft)
         self._tokenizer = tokenizer
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
@@ -112,6 +120,7 @@ class Engine:
         stop: Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
         deliver: Deliver | None = None,
     ) -> Answer:
         """Takes a request and returns its answer, which is yet to come.
@@ -123,6 +132,7 @@ class Engine:
             stop: texts that end the answer, of which they are no part.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
+            constraint: what the answer may be; this request's own.
             deliver: called in the engine's thread with what else waits to be iterated over; it
                 must return at once.
 
@@ -137,6 +147,7 @@ class Engine:
             stop,
             priority,
             ignore_eos=ignore_eos,
+            constraint=constraint,
             deliver=deliver,
         )
 
@@ -192,6 +203,8 @@ class Engine:
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,
+                tokens_drafted=core.tokens_drafted,
+                tokens_accepted=core.tokens_accepted,
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
                 recompiles=core.runner.compilations - self._compiled,
@@ -236,6 +249,7 @@ class Engine:
         name="the prompt",
         bounded=True,
         ignore_eos=False,
+        constraint=None,
         deliver=None,
     ):
         tokenizer, core, stream = self._tokenizer, self._core, None
@@ -246,8 +260,9 @@ class Engine:
             prompt = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         elif isinstance(prompt, str) or stop:
             raise UserError("texts need a tokenizer; give the engine one, or give it token ids")
-        core.check(name, prompt, sampling.max_tokens)
-        request = Request(tuple(map(int, prompt)), sampling, frozenset(stops), priority)
+        core.check(name, prompt, sampling)
+        prompt = tuple(map(int, prompt))
+        request = Request(prompt, sampling, frozenset(stops), priority, constraint)
         answer = Answer(core, request, stream, list(stop), deliver)
         with core.changed:
             if self._error is not None:

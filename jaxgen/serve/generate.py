@@ -8,7 +8,7 @@ from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
-from jaxgen.serve.request import Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig
 from jaxgen.serve.weights import Dtype
 
 # Prompts answered at once; more take their turns.
@@ -22,10 +22,16 @@ class Generator:
     """
 
     def __init__(
-        self, model: Decoder, *, dtype: Dtype | None = None, config: EngineConfig | None = None
+        self,
+        model: Decoder,
+        *,
+        dtype: Dtype | None = None,
+        config: EngineConfig | None = None,
+        draft: Decoder | None = None,
     ):
-        """Makes a copy of the model for decoding; see `for_serving`."""
-        self.core = EngineCore(model, config or EngineConfig(max_num_seqs=MAX_NUM_SEQS), dtype)
+        """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
+        config = config or EngineConfig(max_num_seqs=MAX_NUM_SEQS)
+        self.core = EngineCore(model, config, dtype, draft)
         self.model = self.core.runner.model
 
     def __call__(
@@ -36,10 +42,24 @@ class Generator:
     ) -> list[list[int]]:
         """Returns the tokens that follow each prompt, without the stop id that ended them.
 
+        As `answer`, of which this is the output.
+        """
+        return [request.output for request in self.answer(prompts, sampling, stop_ids)]
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        stop_ids: Sequence[int] = (),
+        constraints: Sequence[Constraint | None] | None = None,
+    ) -> list[Request]:
+        """Returns what has come of each prompt: tokens, log-probabilities, why it ended.
+
         Args:
             prompts: token ids, each at least one.
             sampling: for all prompts, or one for each.
             stop_ids: tokens that end a text.
+            constraints: one for each prompt, or None.
 
         Raises:
             UserError: a prompt is empty, too long for the model, or not of its vocabulary.
@@ -47,15 +67,18 @@ class Generator:
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else sampling
         if len(samplings) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(samplings)} samplings")
+        constraints = [None] * len(prompts) if constraints is None else constraints
         requests = []
-        for i, (prompt, each) in enumerate(zip(prompts, samplings, strict=True)):
-            self.core.check(f"prompt {i}", prompt, each.max_tokens)
-            requests.append(Request(tuple(map(int, prompt)), each, frozenset(stop_ids)))
+        all = zip(prompts, samplings, constraints, strict=True)
+        for i, (prompt, each, constraint) in enumerate(all):
+            self.core.check(f"prompt {i}", prompt, each)
+            prompt, stops = tuple(map(int, prompt)), frozenset(stop_ids)
+            requests.append(Request(prompt, each, stops, constraint=constraint))
         if requests:
             self.core.runner.compile_for(len(requests))
             with progress("generating", len(requests), in_bytes=False) as show:
                 self.core.run(requests, show)
-        return [request.output for request in requests]
+        return requests
 
 
 def generate(
@@ -76,16 +99,18 @@ def generate_text(
     stop_ids: Sequence[int] = (),
     *,
     chat: bool = False,
+    draft: Decoder | None = None,
 ) -> list[str]:
     """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
 
     With `chat` a prompt is a user's message and the text an answer, by the model's chat template.
+    A `draft` model makes it faster, where it is right often enough; a `Generator` has its own.
 
     Raises:
         UserError: as `Generator`, or the tokenizer has tokens that the model has not, or no chat
             template.
     """
-    generator = model if isinstance(model, Generator) else _for_so_many(model, len(prompts))
+    generator = model if isinstance(model, Generator) else _for_so_many(model, len(prompts), draft)
     check_vocab(tokenizer, generator.model.config.vocab_size)
     if chat:
         ids = [
@@ -97,7 +122,9 @@ def generate_text(
     return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 
 
-def _for_so_many(model: Decoder, num_prompts: int) -> Generator:
+def _for_so_many(model: Decoder, num_prompts: int, draft: Decoder | None = None) -> Generator:
     """Returns a generator whose cache has room for so many prompts and not for more."""
     slots = min(max(num_prompts, 1), MAX_NUM_SEQS)
-    return Generator(model, config=EngineConfig(max_num_seqs=slots))
+    speculation = "off" if draft is None else "draft"
+    config = EngineConfig(max_num_seqs=slots, speculation=speculation)
+    return Generator(model, config=config, draft=draft)

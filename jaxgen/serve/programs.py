@@ -1,23 +1,22 @@
-"""The two programs of the engine: one reads a chunk of prompts, the other decodes a burst.
+"""The programs of the engine: one reads a chunk of prompts, another decodes a burst; two small ones
+say what a request asks of single tokens.
 
-B rows, C tokens of a chunk, P pages of a row, S slots. Arguments from the host are whole
-on every device.
+B rows, C tokens of a chunk, P pages of a row, S slots, V vocab, W words of a mask, K tokens of a
+burst. Arguments from the host are whole on every device.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder, KVCache
-from jaxgen.serve.cache import DecodeState, Slots
-from jaxgen.serve.sampler import sample
-
-NOTHING = -1
-"""In the place of a token: the row had ended."""
+from jaxgen.serve.cache import NOTHING, DecodeState, Slots, VocabRows
+from jaxgen.serve.sampler import Scores, Wanted, sample, score
 
 
 class Chunks(NamedTuple):
@@ -40,11 +39,11 @@ class Chunks(NamedTuple):
 
 def read(
     model: Decoder, state: DecodeState, chunks: Chunks
-) -> tuple[DecodeState, Int[Array, " B"]]:
+) -> tuple[DecodeState, Int[Array, " B"], Scores]:
     """Reads chunks into the cache; rows whose last one it is join the batch.
 
     Returns:
-        The state, and the tokens that follow the chunks.
+        The state, the tokens that follow the chunks, and how likely they were.
     """
     size = chunks.tokens.shape[1]
     place = jnp.arange(size)[None, :]
@@ -59,11 +58,19 @@ def read(
     hidden = jnp.sum(jnp.where(is_last[:, :, None], hidden, 0), axis=1, keepdims=True)
     ends = chunks.starts + chunks.sizes
     asked = jax.tree.map(lambda x: reshard(x, rows if x.ndim == 1 else grid), chunks.asked)
-    drawn = reshard(next_tokens(model, hidden, asked, reshard(ends, rows)), spread(None))
+    none = reshard(jnp.zeros((chunks.slots.size, 0), jnp.int32), grid)
+    wanted = Wanted.of(chunks.asked)
+    place = reshard(chunks.slots, rows)
+    drawn, scores = next_tokens(
+        model, hidden, asked, wanted, place, reshard(ends, rows), state.vocab, none
+    )
+    drawn = reshard(drawn, spread(None))
     done = ~chunks.last | _stops(chunks.asked, drawn) | (ends + 1 >= chunks.asked.limits)
     lines = chunks.asked._replace(tokens=drawn, positions=ends, done=done)
     slots = jax.tree.map(lambda old, new: old.at[chunks.slots].set(new), state.slots, lines)
-    return DecodeState(slots, cache.layers), drawn
+    vocab = count(state.vocab, chunks.slots, drawn[:, None], chunks.asked.shaped)
+    state = state._replace(slots=slots, layers=cache.layers, vocab=vocab)
+    return state, drawn, whole(scores, wanted)
 
 
 def decode(
@@ -74,7 +81,7 @@ def decode(
     steps: Int[Array, ""],
     *,
     burst: int,
-) -> tuple[DecodeState, Int[Array, "B burst"]]:
+) -> tuple[DecodeState, Int[Array, "B burst"], Scores]:
     """Generates up to `steps` tokens for each of some slots, or until all of them have ended.
 
     Args:
@@ -86,39 +93,48 @@ def decode(
         burst: `steps` at most.
 
     Returns:
-        The state, and the tokens; `NOTHING` where a row had ended.
+        The state, the tokens, `NOTHING` where a row had ended, and how likely they were.
     """
     spread = model.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
     table = reshard(table, grid)
-    lines = jax.tree.map(
-        lambda x: reshard(x.at[slots].get(), rows if x.ndim == 1 else grid), state.slots
-    )
+    asked = jax.tree.map(lambda x: x.at[slots].get(), state.slots)
+    wanted = Wanted.of(asked)
+    lines = jax.tree.map(lambda x: reshard(x, rows if x.ndim == 1 else grid), asked)
+    places = reshard(slots, rows)
     out = reshard(jnp.full((slots.size, burst), NOTHING, jnp.int32), grid)
+    scores = Scores.zeros(model.config.vocab_size, grid, *out.shape)
 
     def more(carry) -> Bool[Array, ""]:
-        step, lines, _, _ = carry
+        step, lines, *_ = carry
         return (step < steps) & jnp.any(~lines.done)
 
     def one(carry):
-        step, lines, layers, out = carry
+        step, lines, layers, out, scores = carry
         tokens, positions = lines.tokens[:, None], lines.positions[:, None]
         real = (~lines.done[:, None]).astype(jnp.int32)
         hidden, cache = model.hidden(tokens, positions, real, KVCache(layers, table))
         assert cache is not None
-        drawn = next_tokens(model, hidden, lines, lines.positions + 1)
+        drawn, new = next_tokens(
+            model, hidden, lines, wanted, places, lines.positions + 1, state.vocab, out
+        )
         shown = jnp.where(lines.done, NOTHING, drawn)[:, None]
         out = lax.dynamic_update_slice_in_dim(out, shown, step, axis=1)
+        scores = jax.tree.map(
+            lambda all, new: lax.dynamic_update_slice_in_dim(all, new[:, None], step, axis=1),
+            scores,
+            new,
+        )
         place = jnp.where(lines.done, lines.positions, lines.positions + 1)
         lines = lines._replace(
             tokens=jnp.where(lines.done, lines.tokens, drawn),
             positions=place,
             done=lines.done | _stops(lines, drawn) | (place + 1 >= lines.limits),
         )
-        return step + 1, lines, cache.layers, out
+        return step + 1, lines, cache.layers, out, scores
 
-    carry = (jnp.zeros((), jnp.int32), lines, state.layers, out)
-    _, lines, layers, out = lax.while_loop(more, one, carry)
+    carry = (jnp.zeros((), jnp.int32), lines, state.layers, out, scores)
+    _, lines, layers, out, scores = lax.while_loop(more, one, carry)
 
     def back(old, new):
         return old.at[slots].set(reshard(new, spread(None)))
@@ -128,15 +144,67 @@ def decode(
         positions=back(state.slots.positions, lines.positions),
         done=back(state.slots.done, lines.done),
     )
-    return DecodeState(kept, layers), reshard(out, spread(None, None))
+    out = reshard(out, spread(None, None))
+    vocab = count(state.vocab, slots, out, asked.shaped)
+    return state._replace(slots=kept, layers=layers, vocab=vocab), out, whole(scores, wanted)
 
 
 def next_tokens(
-    model: Decoder, hidden: Float[Array, "B 1 D"], asked: Slots, positions: Int[Array, " B"]
-) -> Int[Array, " B"]:
-    """Returns the tokens that `hidden` calls for, at `positions` of their sequences."""
+    model: Decoder,
+    hidden: Float[Array, "B 1 D"],
+    lines: Slots,
+    wanted: Wanted,
+    slots: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    vocab: VocabRows,
+    recent: Int[Array, "B K"],
+) -> tuple[Int[Array, " B"], Scores]:
+    """Returns the tokens that `hidden` calls for, and how likely they were; see `sample`."""
     logits = reshard(model.logits(hidden)[:, 0], model.rules.here()("batch", None))
-    return sample(logits, asked.seeds, positions, asked.temperature, asked.top_k, asked.top_p)
+    drawn = sample(logits, lines, wanted, slots, positions, vocab, recent)
+    return drawn, score(logits, drawn, wanted)
+
+
+def shape(
+    vocab: VocabRows,
+    slot: Int[Array, ""],
+    bias: Float[Array, " V"],
+    prompt: Bool[Array, " V"],
+    counts: Int[Array, " V"],
+) -> VocabRows:
+    """Writes what penalties and bias of the request in a slot need to know."""
+    new = {"bias": bias, "prompt": prompt, "counts": counts}
+    return vocab._replace(
+        **{name: getattr(vocab, name).at[slot].set(value) for name, value in new.items()}
+    )
+
+
+def mask(vocab: VocabRows, slots: Int[Array, " B"], masks: UInt32[Array, "B W"]) -> VocabRows:
+    """Writes what can be drawn next in some slots."""
+    return vocab._replace(mask=vocab.mask.at[slots].set(masks))
+
+
+def count(
+    vocab: VocabRows,
+    slots: Int[Array, " B"],
+    tokens: Int[Array, "B K"],
+    shaped: Bool[Array, " B"],
+) -> VocabRows:
+    """Counts new tokens of the answers that need it."""
+    place = jnp.where(shaped[:, None] & (tokens != NOTHING), tokens, vocab.counts.shape[1])
+    counts = vocab.counts.at[slots[:, None], place].add(1, mode="drop")
+    return vocab._replace(counts=counts)
+
+
+def whole(scores: Scores, wanted: Wanted) -> Scores:
+    """Brings scores to every device, if any row asks for them."""
+    size = scores.drawn.shape
+    none = functools.partial(Scores.zeros, scores.top.shape[-1], jax.P(*[None] * len(size)), *size)
+
+    def all_of_it() -> Scores:
+        return jax.tree.map(lambda x: reshard(x, jax.P(*[None] * x.ndim)), scores)
+
+    return lax.cond(wanted.logprobs, all_of_it, none)
 
 
 def _stops(asked: Slots, tokens: Int[Array, " B"]) -> Bool[Array, " B"]:

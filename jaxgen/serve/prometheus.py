@@ -108,6 +108,14 @@ class _EngineCollector:
                 stats.prompt_tokens_found,
             ),
             "generation_tokens": ("Tokens of answers.", stats.tokens_generated),
+            "speculative_drafted_tokens": (
+                "Tokens guessed for the model to verify.",
+                stats.tokens_drafted,
+            ),
+            "speculative_accepted_tokens": (
+                "Of these, those that it drew itself.",
+                stats.tokens_accepted,
+            ),
             "preemptions": ("Times that a request had to make room.", stats.preemptions),
             "recompiles": ("Programs compiled since the engine was ready.", stats.recompiles),
         }

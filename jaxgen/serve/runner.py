@@ -1,15 +1,16 @@
 """Runs the scheduler's plans: which program, with which arguments, compiled when.
 
 The programs are a lattice of few shapes: `read` for chunks of 16, 32, ... `prefill_chunk` tokens of
-one row a shard, `decode` for 1, 2, 4, ... rows a shard. Everything else is traced: how long a burst
-is, how long contexts are, what each row asks for.
+one row a shard, `decode` for 1, 2, 4, ... rows a shard, or `speculate` in its place for as many as
+that may be on for; and small ones, `shape` and `note` for one request, `mask` for 1, 2, 4, ... of
+them. Everything else is traced: how long a burst is, how long contexts are, what each row asks for.
 """
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from jax.experimental import multihost_utils
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device, num_shards
 from jaxgen.nn.paged import token_axes
-from jaxgen.serve.cache import NUM_STOPS, DecodeState, Slots, empty_state
+from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
-from jaxgen.serve.programs import Chunks, decode, read
-from jaxgen.serve.scheduler import Chunk, Plan, Row
+from jaxgen.serve.delivery import Delivery
+from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
+from jaxgen.serve.programs import Chunks, decode, mask, read, shape
+from jaxgen.serve.scheduler import Burst, Chunk, Plan, Row
+from jaxgen.serve.speculate import speculate
 from jaxgen.sharding import abstract
 
 SMALLEST_CHUNK = 16
@@ -31,24 +35,9 @@ DEFAULT_KV_BYTES = 1 << 30
 # XLA compiles on one core for the most part, and holds some GB for a large program.
 COMPILE_THREADS = 4
 
-Key = tuple[Literal["read", "decode"], int]
-"""A program: its name, and the chunk's tokens or the rows of a shard."""
-
-
-class Delivery(NamedTuple):
-    """Tokens that a dispatched program makes, some of which belong to rows."""
-
-    tokens: jax.Array
-    """[B] or [B, burst]."""
-    rows: list[tuple[int, Row]]
-    """Places in B, and whose they are."""
-    asked: int
-    """Tokens for each at most."""
-
-    def fetch(self) -> list[tuple[Row, list[int]]]:
-        """Waits for the device and returns the tokens of each row."""
-        tokens = np.asarray(self.tokens).reshape(self.tokens.shape[0], -1)
-        return [(row, [t for t in tokens[at].tolist() if t >= 0]) for at, row in self.rows]
+Key = tuple[Literal["read", "decode", "speculate", "shape", "mask", "note"], int]
+"""A program: its name, and the chunk's tokens, the rows of a shard, those of all or a prompt's
+tokens."""
 
 
 class Runner:
@@ -65,9 +54,11 @@ class Runner:
         compilations: programs compiled so far.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig):
+    def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None):
         """Compiles what it needs to find room for the pages, where devices state their memory."""
-        self.model, self.config = model, config
+        check_draft(model, draft, config)
+        self.model, self.config, self.draft = model, config, draft
+        self.speculates = config.speculation != "off"
         self.mesh = jax.sharding.get_mesh()
         self.shards = model.rules.shards("batch", self.mesh)
         self.slots_per_shard = -(-config.max_num_seqs // self.shards)
@@ -77,7 +68,7 @@ class Runner:
         self._sealed = False
         self._programs: dict[Key, jax.stages.Compiled] = {}
         # A module is flattened by Python code: once, and not for every call.
-        self._weights, self._structure = jax.tree.flatten(model)
+        self._weights, self._structure = jax.tree.flatten((model, draft))
         # XLA's CPU product of one bf16 row runs at a tenth of the speed of two.
         slow = mesh_device().platform == "cpu" and model.dtype == jnp.bfloat16
         self._smallest_batch = 2 if slow else 1
@@ -90,8 +81,10 @@ class Runner:
         chunks = {self._chunk_size(n) for n in range(1, self.config.prefill_chunk + 1)}
         batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
         reads: list[Key] = [("read", chunk) for chunk in sorted(chunks)]
-        decodes: list[Key] = [("decode", batch) for batch in sorted(batches)]
-        return reads + decodes
+        decodes: list[Key] = [(self._kind(batch), batch) for batch in sorted(batches)]
+        masks: list[Key] = [("mask", 1 << n) for n in range((self._nobody - 1).bit_length() + 1)]
+        notes: list[Key] = [("note", self.model.config.max_seq_len)] * self.speculates
+        return [*reads, *decodes, ("shape", 1), *masks, *notes]
 
     def compile(self, keys: Iterable[Key]) -> None:
         """Compiles programs, side by side."""
@@ -108,16 +101,18 @@ class Runner:
     def compile_for(self, num_requests: int) -> None:
         """Compiles the decoding of so many requests at once."""
         per_shard = min(-(-num_requests // self.shards), self.slots_per_shard)
-        self.compile([("decode", self._batch_size(per_shard))])
+        sizes = {self._batch_size(per_shard)}
+        if self.speculates:
+            sizes.add(self._batch_size(min(per_shard, self.config.speculation_max_seqs)))
+        self.compile([(self._kind(batch), batch) for batch in sizes])
 
     def dispatch(self, plan: Plan) -> list[Delivery]:
         """Gives a plan to the device and returns what will come of it."""
         deliveries = [self._read(chunks) for chunks in plan.rounds]
-        if plan.rows:
-            deliveries.append(self._decode(plan.rows, plan.steps))
+        deliveries += [self._decode(burst) for burst in plan.bursts]
         deliveries = [delivery for delivery in deliveries if delivery.rows]
         for delivery in deliveries:
-            delivery.tokens.copy_to_host_async()
+            delivery.copy_to_host()
         return deliveries
 
     def _read(self, chunks: list[Chunk]) -> Delivery:
@@ -125,48 +120,95 @@ class Runner:
         args = self._no_chunks(size)
         for chunk in chunks:
             row, at = chunk.row, chunk.row.shard
-            sampling = row.request.sampling
             args.tokens[at, : chunk.size] = row.tokens[chunk.start : chunk.start + chunk.size]
             args.table[at, : len(row.blocks)] = row.blocks
             args.starts[at], args.sizes[at] = chunk.start, chunk.size
             if not chunk.last:
                 continue
+            if self.speculates:
+                self._note(row)
             args.last[at], args.slots[at] = True, row.slot
-            asked = args.asked
-            asked.limits[at] = row.request.limit
-            stop_ids = sorted(row.request.stop_ids)[:NUM_STOPS]
-            asked.stop_ids[at, : len(stop_ids)] = stop_ids
-            asked.seeds[at], asked.temperature[at] = sampling.seed, sampling.temperature
-            asked.top_k[at], asked.top_p[at] = sampling.top_k, sampling.top_p
-        tokens = self._run(("read", size), args)
-        return Delivery(tokens, [(c.row.shard, c.row) for c in chunks if c.last], 1)
+            args.asked.ask(at, row.request)
+        begins = [chunk.row for chunk in chunks if chunk.last]
+        for row in begins:
+            self._shape(row)
+            self._note(row)
+        self._mask([row for row in begins if row.request.length < row.request.masked_until])
+        tokens, scores = self._run(("read", size), args)
+        return Delivery(tokens, [(row.shard, row) for row in begins], 1, 1, scores)
 
-    def _decode(self, rows: list[Row], steps: int) -> Delivery:
-        by_shard = [[row for row in rows if row.shard == s] for s in range(self.shards)]
+    def _note(self, row: Row) -> None:
+        """Tells the device of all tokens of a row, if it guesses from them."""
+        if self.speculates:
+            length = self.model.config.max_seq_len
+            tokens = np.zeros(length, np.int32)
+            tokens[: len(row.tokens)] = row.tokens
+            self._write(("note", length), np.int32(row.slot), tokens)
+
+    def _shape(self, row: Row) -> None:
+        """Tells the device of a row's bias and of the tokens it has, if it has to know."""
+        request = row.request
+        if not request.sampling.shapes:
+            return
+        _, bias, prompt, counts = self._no_shape()
+        for token, value in request.sampling.logit_bias:
+            bias[token] = value
+        prompt[list(request.prompt)] = True
+        np.add.at(counts, request.output, 1)
+        self._write(("shape", 1), np.int32(row.slot), bias, prompt, counts)
+
+    def _mask(self, rows: list[Row]) -> None:
+        """Tells the device what can be drawn next in some rows."""
+        if not rows:
+            return
+        slots, masks = self._no_masks(1 << (len(rows) - 1).bit_length())
+        for at, row in enumerate(rows):
+            slots[at], mask = row.slot, row.request.mask
+            masks[at] = row.request.lengthened(masks[at]) if mask is None else mask
+        self._write(("mask", len(slots)), slots, masks)
+
+    def _decode(self, burst: Burst) -> Delivery:
+        by_shard = [[row for row in burst.rows if row.shard == s] for s in range(self.shards)]
         batch = self._batch_size(max(map(len, by_shard)))
         if not self._sealed:
             # A larger batch costs less than a compilation, as the last requests of many end.
-            ready = [n for name, n in self._programs if name == "decode" and n >= batch]
+            kinds = ("speculate",) if burst.width > 1 else ("decode", "speculate")
+            ready = [n for kind, n in self._programs if kind in kinds and n >= batch]
             batch = min(ready, default=batch)
+        kind = self._kind(batch)
         table, slots = self._no_rows(batch)
         places = []
         for shard, mine in enumerate(by_shard):
             for at, row in enumerate(mine, start=shard * batch):
                 table[at, : len(row.blocks)], slots[at] = row.blocks, row.slot
                 places.append((at, row))
-        tokens = self._run(("decode", batch), table, slots, np.int32(steps))
-        return Delivery(tokens, places, steps)
+        self._mask([row for row in burst.rows if row.request.mask is not None])
+        wide = [np.bool_(burst.width > 1)] * (kind == "speculate")
+        made = self._run((kind, batch), table, slots, np.int32(burst.steps), *wide)
+        tokens, scores, *guessed = made
+        return Delivery(tokens, places, burst.steps * burst.width, burst.steps, scores, *guessed)
 
-    def _run(self, key: Key, *args: Any) -> jax.Array:
+    def _run(self, key: Key, *args: Any) -> list[Any]:
+        self.state, *came = self._compiled(key)(self._weights, self.state, *args)
+        return came
+
+    def _write(self, key: Key, *args: Any) -> None:
+        program, state = self._compiled(key), self.state
+        if key[0] != "note":
+            self.state = state._replace(vocab=program(state.vocab, *args))
+        elif state.drafts is not None:
+            history = program(state.drafts.history, *args)
+            self.state = state._replace(drafts=state.drafts._replace(history=history))
+
+    def _compiled(self, key: Key) -> jax.stages.Compiled:
         if key not in self._programs:
             assert not self._sealed, f"{key} is not among the programs compiled ahead"
             self.compile([key])
-        self.state, tokens = self._programs[key](self._weights, self.state, *args)
-        return tokens
+        return self._programs[key]
 
     def _no_chunks(self, size: int) -> Chunks:
         """Arguments of `read` in which every row only fills the batch."""
-        rows, nobody = self.shards, self.shards * self.slots_per_shard
+        rows = self.shards
 
         def line(value: Any, dtype: Any, *shape: int) -> Any:
             return np.full((rows, *shape), value, dtype)
@@ -177,14 +219,37 @@ class Runner:
             starts=line(0, np.int32),
             sizes=line(0, np.int32),
             last=line(False, np.bool_),
-            slots=line(nobody, np.int32),
+            slots=line(self._nobody, np.int32),
             asked=Slots.nobodys(line),
         )
 
     def _no_rows(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """The table and the slots of a `decode` in which every row only fills the batch."""
-        rows, nobody = self.shards * batch, self.shards * self.slots_per_shard
-        return np.zeros((rows, self.table_width), np.int32), np.full(rows, nobody, np.int32)
+        rows = self.shards * batch
+        return np.zeros((rows, self.table_width), np.int32), np.full(rows, self._nobody, np.int32)
+
+    def _no_shape(self) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
+        """Arguments of `shape` for nobody's slot, no bias and no tokens."""
+        size = self.model.config.vocab_size
+        rows = (np.zeros(size, dtype) for dtype in (np.float32, np.bool_, np.int32))
+        bias, prompt, counts = rows
+        return np.int32(self._nobody), bias, prompt, counts
+
+    def _no_masks(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Arguments of `mask` in which every row only fills the batch; masks that hide nothing."""
+        words = -(-self.model.config.vocab_size // 32)
+        masks = np.full((rows, words), 2**32 - 1, np.uint32)
+        return np.full(rows, self._nobody, np.int32), masks
+
+    @property
+    def _nobody(self) -> int:
+        """The slot of rows that only fill a batch."""
+        return self.shards * self.slots_per_shard
+
+    def _kind(self, batch: int) -> Literal["decode", "speculate"]:
+        """The program that decodes so many rows a shard."""
+        most = min(self.config.speculation_max_seqs, self.slots_per_shard)
+        return "speculate" if self.speculates and batch <= self._batch_size(most) else "decode"
 
     def _chunk_size(self, tokens: int) -> int:
         power = max(SMALLEST_CHUNK, 1 << (tokens - 1).bit_length())
@@ -194,35 +259,52 @@ class Runner:
         return max(self._smallest_batch, 1 << (rows - 1).bit_length())
 
     def _empty(self, num_pages: int) -> DecodeState:
-        slots = self.shards * self.slots_per_shard
-        return empty_state(
-            self.model,
-            slots,
-            num_pages,
-            self.config.block_size,
-            attention=self.config.attention,
-            int8=self.config.kv_dtype == "int8",
-        )
+        sizes = (self._nobody, num_pages, self.config)
+        state = empty_state(self.model, *sizes)
+        if not self.speculates:
+            return state
+        return state._replace(drafts=empty_drafts(self.model, self.draft, *sizes))
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key
         host: tuple[Any, ...]
         if name == "read":
-            program, host = read, (self._no_chunks(size),)
+            host = (self._no_chunks(size),)
+        elif name == "shape":
+            host = self._no_shape()
+        elif name == "mask":
+            host = self._no_masks(size)
+        elif name == "note":
+            host = (np.int32(0), np.zeros(size, np.int32))
         else:
-            program = functools.partial(decode, burst=self.config.burst)
-            host = (*self._no_rows(size), np.int32(0))
+            host = (*self._no_rows(size), np.int32(0), *[np.False_] * (name == "speculate"))
 
         def call(weights, state, *host):
-            return program(jax.tree.unflatten(self._structure, weights), state, *host)
+            model, draft = jax.tree.unflatten(self._structure, weights)
+            return self._large(name, model, draft)(state, *host)
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
             state = abstract(functools.partial(self._empty, num_pages), self.mesh)
-            lowered = jax.jit(call, donate_argnums=1).lower(self._weights, state, *host)
+            small = {"shape": shape, "mask": mask, "note": note}
+            if name in small:
+                part = state.drafts.history if name == "note" else state.vocab
+                lowered = jax.jit(small[name], donate_argnums=0).lower(part, *host)
+            else:
+                lowered = jax.jit(call, donate_argnums=1).lower(self._weights, state, *host)
             compiled = lowered.compile()
         self.compilations += 1
         return compiled
+
+    def _large(self, name: str, model: Decoder, draft: Decoder | None) -> Callable[..., Any]:
+        """A program that runs a model."""
+        if name == "speculate":
+            return functools.partial(speculate, model, draft, config=self.config)
+        if name == "read":
+            both = functools.partial(read_both, model, draft)
+            return both if self.speculates else functools.partial(read, model)
+        program = decode_noting if self.speculates else decode
+        return functools.partial(program, model, burst=self.config.burst)
 
     def _room(self) -> int:
         """Pages of each shard: what the largest programs leave of a device's memory.
@@ -232,7 +314,7 @@ class Runner:
 
         def held(num_pages: int) -> int:
             """Bytes of each device."""
-            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh).layers)
+            leaves = jax.tree.leaves(abstract(lambda: self._empty(num_pages), self.mesh))
             return sum(
                 math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
             )
@@ -242,14 +324,18 @@ class Runner:
         memory = device.memory_stats() or {}
         room = DEFAULT_KV_BYTES
         if "bytes_limit" in memory:
-            largest: list[Key] = [
-                ("read", self.config.prefill_chunk),
-                ("decode", self._batch_size(self.slots_per_shard)),
-            ]
+            batches = {self._batch_size(n) for n in range(1, self.slots_per_shard + 1)}
+            last: dict[str, Key] = {self._kind(n): (self._kind(n), n) for n in sorted(batches)}
+            largest: list[Key] = [("read", self.config.prefill_chunk), *last.values()]
             # What a program needs besides the pages does not depend on their number.
             needs: list[Any] = [self._compile(key, 2).memory_analysis() for key in largest]
-            # Twice: a program is started before the last one has given its memory back.
-            needed = 2 * max(need.temp_size_in_bytes + need.output_size_in_bytes for need in needs)
+            # Twice: a program is started before the last one has given its memory back. The state
+            # is there once; it is the same memory before and after.
+            state = max(need.alias_size_in_bytes for need in needs)
+            needed = state + 2 * max(
+                need.temp_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes
+                for need in needs
+            )
             room = memory["bytes_limit"] - memory["bytes_in_use"] - needed
         pages = min(room // page, self.slots_per_shard * self.table_width + 1)
         # All processes must plan alike.

@@ -1,23 +1,57 @@
-"""The next token of every row, drawn on the device: temperature, then top-k, then top-p.
+"""The next token of every row, drawn on the device.
 
-B rows, V vocab.
+In this order: bias, penalties, mask, temperature, top-k, top-p, min-p. A batch that does not ask
+for one of them does not pay for it.
+
+B rows, V vocab, K tokens of a burst, S slots, A alternatives.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jaxgen.serve.cache import Slots, VocabRows
+from jaxgen.serve.request import MAX_LOGPROBS
 
 BLOCK = 128
 
 
+class Wanted(NamedTuple):
+    """What any of some rows asks for; nobody pays for the rest."""
+
+    shaped: Bool[Array, ""]
+    masked: Bool[Array, ""]
+    warm: Bool[Array, ""]
+    top_k: Bool[Array, ""]
+    top_p: Bool[Array, ""]
+    min_p: Bool[Array, ""]
+    logprobs: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, lines: Slots) -> "Wanted":
+        """Returns what these lines ask for, now or later; whole on every device, it is free."""
+        return cls(
+            shaped=jnp.any(lines.shaped),
+            masked=jnp.any(lines.positions + 1 < lines.masked_until),
+            warm=jnp.any(lines.temperature > 0),
+            top_k=jnp.any(lines.top_k > 0),
+            top_p=jnp.any(lines.top_p < 1),
+            min_p=jnp.any(lines.min_p > 0),
+            logprobs=jnp.any(lines.logprobs),
+        )
+
+
 def sample(
     logits: Float[Array, "B V"],
-    seeds: UInt32[Array, " B"],
+    lines: Slots,
+    wanted: Wanted,
+    slots: Int[Array, " B"],
     positions: Int[Array, " B"],
-    temperature: Float[Array, " B"],
-    top_k: Int[Array, " B"],
-    top_p: Float[Array, " B"],
+    vocab: VocabRows,
+    recent: Int[Array, "B K"],
 ) -> Int[Array, " B"]:
     """Returns one token a row; rows of temperature 0 get the likeliest.
 
@@ -27,28 +61,97 @@ def sample(
 
     Args:
         logits: fp32.
-        seeds: of the rows.
+        lines: what the rows ask for.
+        wanted: the sum of it.
+        slots: of the rows, in `vocab`.
         positions: in the sequence, of the tokens drawn here.
-        temperature: divides the logits.
-        top_k: 0 for all.
-        top_p: of what temperature and top-k leave; 1 for all.
+        vocab: of all slots.
+        recent: tokens of the answers that `vocab.counts` has not counted; negative for none.
 
-    Source: nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751; the order of the three is that
-    of Hugging Face transformers.
+    Source: nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
+    arXiv:2407.01082; the order of the filters is that of Hugging Face transformers.
     """
+    logits = lax.cond(wanted.shaped, _shape, _unchanged, logits, lines, slots, vocab, recent)
+    masked = positions < lines.masked_until
+    logits = lax.cond(wanted.masked, _mask, _unchanged, logits, masked, slots, vocab.mask)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    warm = temperature > 0
+    warm = lines.temperature > 0
 
     def draw() -> Int[Array, " B"]:
-        scaled = logits / jnp.where(warm, temperature, 1.0)[:, None]
-        # A batch that does not ask for a filter does not pay for it.
-        scaled = lax.cond(jnp.any(top_k > 0), _keep_top_k, _keep_all, scaled, top_k)
-        scaled = lax.cond(jnp.any(top_p < 1), _keep_top_p, _keep_all, scaled, top_p)
-        drawn, weight = _draw(scaled, seeds, positions)
+        scaled = logits / jnp.where(warm, lines.temperature, 1.0)[:, None]
+        scaled = lax.cond(wanted.top_k, _keep_top_k, _unchanged, scaled, lines.top_k)
+        scaled = lax.cond(wanted.top_p, _keep_top_p, _unchanged, scaled, lines.top_p)
+        scaled = lax.cond(wanted.min_p, _keep_min_p, _unchanged, scaled, lines.min_p)
+        drawn, weight = _draw(scaled, lines.seeds, positions)
         # Rounding of a sum can point at a token without any weight, once in some million draws.
         return jnp.where(warm & (weight > 0), drawn, likeliest)
 
-    return lax.cond(jnp.any(warm), draw, lambda: likeliest)
+    return lax.cond(wanted.warm, draw, lambda: likeliest)
+
+
+class Scores(NamedTuple):
+    """Log-probabilities by the model's own distribution; zeros if no row asks for them."""
+
+    drawn: Float[Array, "*B"]
+    """Of the tokens drawn."""
+    top: Float[Array, "*B A"]
+    """Of the likeliest tokens, in order."""
+    tokens: Int[Array, "*B A"]
+    """Which these are."""
+
+    @classmethod
+    def zeros(cls, vocab_size: int, spec: jax.P, *shape: int) -> "Scores":
+        """Returns scores of no tokens, in the shape of the drawn ones."""
+        more = (*shape, min(MAX_LOGPROBS, vocab_size))
+        wide = jax.P(*spec, None)
+        return cls(
+            jnp.zeros(shape, jnp.float32, out_sharding=spec),
+            jnp.zeros(more, jnp.float32, out_sharding=wide),
+            jnp.zeros(more, jnp.int32, out_sharding=wide),
+        )
+
+
+def score(logits: Float[Array, "B V"], drawn: Int[Array, " B"], wanted: Wanted) -> Scores:
+    """Returns how likely the drawn tokens and the likeliest were, if any row asks for that."""
+    vocab = logits.shape[1]
+
+    def scores() -> Scores:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        here = jnp.arange(vocab)[None, :] == drawn[:, None]
+        top, tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, vocab))
+        return Scores(jnp.sum(jnp.where(here, logprobs, 0.0), axis=-1), top, tokens)
+
+    spec = jax.typeof(drawn).sharding.spec
+    return lax.cond(wanted.logprobs, scores, lambda: Scores.zeros(vocab, spec, *drawn.shape))
+
+
+def _rows_of(lines: Shaped[Array, "S n"], slots: Int[Array, " B"]) -> Shaped[Array, "B n"]:
+    """The lines of some slots, split over devices as `slots` are."""
+    return lines.at[slots].get(out_sharding=jax.P(*jax.typeof(slots).sharding.spec, None))
+
+
+def _shape(logits, lines: Slots, slots, vocab: VocabRows, recent) -> Float[Array, "B V"]:
+    """Adds the bias and applies the penalties, to the rows that have some.
+
+    Source: repetition penalty: Keskar et al. 2019, arXiv:1909.05858, for negative logits as in
+    Hugging Face transformers; the others as in OpenAI's API.
+    """
+    is_recent = recent[:, :, None] == jnp.arange(logits.shape[1])[None, None, :]
+    counts = _rows_of(vocab.counts, slots) + jnp.sum(is_recent, axis=1, dtype=jnp.int32)
+    shaped = logits + _rows_of(vocab.bias, slots)
+    repeats = lines.repetition_penalty[:, None]
+    repeated = jnp.where(shaped < 0, shaped * repeats, shaped / repeats)
+    shaped = jnp.where(_rows_of(vocab.prompt, slots) | (counts > 0), repeated, shaped)
+    shaped -= lines.frequency_penalty[:, None] * counts.astype(jnp.float32)
+    shaped -= jnp.where(counts > 0, lines.presence_penalty[:, None], 0.0)
+    return jnp.where(lines.shaped[:, None], shaped, logits)
+
+
+def _mask(logits, masked: Bool[Array, " B"], slots, masks) -> Float[Array, "B V"]:
+    """Hides what the masks of some rows do not let in."""
+    words = _rows_of(masks, slots)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    allowed = ((words & 1) > 0).reshape(words.shape[0], -1)[:, : logits.shape[1]]
+    return jnp.where(allowed | ~masked[:, None], logits, -jnp.inf)
 
 
 def _draw(logits, seeds, positions) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
@@ -83,7 +186,7 @@ def _pick(weights: Float[Array, "B n"], uniform: Float[Array, " B"]):
     return place, jnp.sum(jnp.where(here, weights, 0.0), axis=-1)
 
 
-def _keep_all(logits, _):
+def _unchanged(logits, *_):
     return logits
 
 
@@ -95,6 +198,12 @@ def _keep_top_k(logits, top_k):
 def _keep_top_p(logits, top_p):
     target = jnp.where(top_p < 1, top_p, jnp.inf)
     return _keep_heaviest(logits, jax.nn.softmax(logits, axis=-1), target)
+
+
+def _keep_min_p(logits, min_p):
+    # log(0) is -inf, which lets all in.
+    smallest = jnp.max(logits, axis=-1) + jnp.log(min_p)
+    return jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
 
 
 def _keep_heaviest(

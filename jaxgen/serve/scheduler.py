@@ -6,11 +6,12 @@ Rows of a batch are split over the shards of the pool; every row's blocks are of
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 
 from jaxgen.errors import UserError
 from jaxgen.serve.blocks import Blocks, Chain
-from jaxgen.serve.request import FinishReason, QueueFull, Request
+from jaxgen.serve.request import FinishReason, QueueFull, Request, TokenLogprobs
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +30,9 @@ class Row:
     read: int
     """Of `tokens`, those that are in the cache, or will be before anything planned later runs."""
     pending: int = 0
-    """Tokens at most that the device has been asked for and has not delivered."""
+    """Tokens that the device has been asked for and has not delivered, at most."""
+    promised: int = 0
+    """Of these, those that will come unless the answer ends: a draft may not stand."""
     remembered: int = 0
     """Blocks that others have been told of."""
     left: bool = False
@@ -56,18 +59,28 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class Burst:
+    """Rows that decode together."""
+
+    rows: list[Row]
+    """In order of their slots."""
+    steps: int
+    """Each brings every row one token, or up to `width`."""
+    width: int = 1
+    """More than 1 where tokens are guessed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the device does next, in this order."""
 
     rounds: list[list[Chunk]]
     """Chunks to read; those of one round are of different shards and go together."""
-    rows: list[Row]
-    """Rows that decode, in order of their slots."""
-    steps: int
-    """Tokens that each of them gets at most."""
+    bursts: list[Burst]
+    """Those with a constraint in one of one step, the others in one."""
 
     def __bool__(self) -> bool:
-        return bool(self.rounds or self.rows)
+        return bool(self.rounds or self.bursts)
 
 
 class Scheduler:
@@ -76,6 +89,9 @@ class Scheduler:
     Requests are admitted by (priority, arrival) as slots and blocks become free, their prompts read
     in chunks beside the decoding of the others. If blocks run out, the row that ranks last gives up
     its place and is read again later, with the tokens that it has.
+
+    A row with a constraint decodes one token, and again when that has come: only then is it known
+    what the next one may be.
     """
 
     def __init__(
@@ -87,6 +103,8 @@ class Scheduler:
         burst: int,
         max_queued_requests: int,
         max_queued_tokens: int,
+        width: int = 1,
+        wide_rows: int = 0,
     ):
         """Starts without requests.
 
@@ -97,9 +115,12 @@ class Scheduler:
             burst: decoding steps between two looks at the queue; a quarter while prompts are read.
             max_queued_requests: that may wait for a place.
             max_queued_tokens: of the prompts of these.
+            width: tokens that a step brings a row at most, where some are guessed.
+            wide_rows: the most that decode together while they are.
         """
         self.pools = pools
         self.chunk, self.burst = chunk, burst
+        self.width, self.wide_rows = width, wide_rows
         self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
         self.rows: list[Row] = []
         self.salt = b""
@@ -149,6 +170,8 @@ class Scheduler:
                 f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
                 f"{self.max_queued_tokens}; try again later"
             )
+        if not request.look_ahead():
+            raise UserError("the constraint lets no token in; give it one that an answer can meet")
         request.arrival = next(self._arrivals)
         self._queue(request)
 
@@ -167,42 +190,62 @@ class Scheduler:
     def plan(self) -> Plan:
         """Returns what to do next, which may be nothing while tokens are pending."""
         rows = sorted((row for row in self.rows if row.decoding), key=lambda row: row.slot)
-        # A row that has been asked for all its tokens only waits for their delivery.
-        rows = [row for row in rows if self._known(row) < row.request.limit]
+        # A row that has been promised all its tokens only waits for their delivery.
+        rows = [row for row in rows if row.request.length + row.promised < row.request.limit]
+        rows = [row for row in rows if row.request.constraint is None or not row.pending]
         busy = any(not row.decoding for row in self.rows) or (self._waiting and any(self._slots))
-        steps = self._reserve(rows, max(1, self.burst // 4) if busy else self.burst)
+        width = self.width if len(rows) <= self.wide_rows else 1
+        steps, width = self._reserve(rows, max(1, self.burst // 4) if busy else self.burst, width)
         rows = [row for row in rows if not row.left]
         if steps or not rows:
             self._admit()
         rounds = self._read()
         if not steps:
-            return Plan(rounds, [], 0)
-        for row in rows:
-            row.pending = min(row.pending + steps, row.request.limit - row.request.length)
-        return Plan(rounds, rows, steps)
+            return Plan(rounds, [])
+        # Constrained ones first: the host looks at their tokens while the others decode.
+        parts = [
+            [row for row in rows if (row.request.constraint is None) is free]
+            for free in (False, True)
+        ]
+        bursts = [Burst(part, *self._size(part[0], steps, width)) for part in parts if part]
+        for burst in bursts:
+            for row in burst.rows:
+                row.pending += burst.steps * burst.width
+                row.promised += burst.steps
+        return Plan(rounds, bursts)
 
-    def deliver(self, row: Row, tokens: Sequence[int], *, asked: int) -> list[int]:
+    def deliver(
+        self,
+        row: Row,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        asked: int,
+        promised: int,
+    ) -> list[int]:
         """Gives a row the tokens that came of a plan; returns those that belong to the answer.
 
         Args:
             row: of the plan.
             tokens: what was generated, a stop id and what follows it included.
+            logprobs: of these, if it wants them.
             asked: the most that the plan asked for.
+            promised: of these, those that would come unless the answer ended.
         """
         if row.left:
             return []
         request = row.request
-        taken = request.append(tokens)
-        left = request.limit - request.length
-        row.pending = min(max(row.pending - asked, 0), left)
+        taken = request.append(tokens, logprobs)
+        row.pending -= asked
+        row.promised -= promised
         self._remember(row)
         if request.finish_reason is not None:
             self._leave(row)
         return taken
 
     def _known(self, row: Row) -> int:
-        """Tokens of the row once all that is pending has come."""
-        return row.request.length + row.pending
+        """Tokens of the row once all that is pending has come, at most."""
+        return min(row.request.length + row.pending, row.request.limit)
 
     def _queue(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.rank, request))
@@ -215,6 +258,8 @@ class Scheduler:
             self.rows.append(row)
             self.prompt_tokens += len(row.tokens)
             self.prompt_tokens_found += row.read
+            if request.prefix_tokens is None:
+                request.prefix_tokens = row.read
 
     def _place(self, request: Request) -> Row | None:
         """Returns a row for the request in the shard that suits best, or None if none has room."""
@@ -262,46 +307,55 @@ class Scheduler:
                 per_shard[row.shard].append(chunk)
                 row.read += size
                 row.pending += chunk.last
+                row.promised += chunk.last
                 self._remember(row)
         rounds = itertools.zip_longest(*per_shard)
         return [[chunk for chunk in chunks if chunk is not None] for chunks in rounds]
 
-    def _reserve(self, rows: list[Row], steps: int) -> int:
-        """Makes sure of blocks for that many steps of every row, or for fewer.
+    def _reserve(self, rows: list[Row], steps: int, width: int) -> tuple[int, int]:
+        """Makes sure of blocks for that many steps of every row, or for fewer or narrower ones.
 
         Where there are none for even one step, rows lose their places; 0 says that one would have
         to whose tokens are still on their way.
         """
         while True:
-            missing = self._missing(rows, steps)
+            missing = self._missing(rows, steps, width)
             if all(n <= pool.available for n, pool in zip(missing, self.pools, strict=True)):
                 break
             if steps > 1:
                 steps //= 2
+                continue
+            if width > 1:
+                width = 1
                 continue
             shard = next(s for s, n in enumerate(missing) if n > self.pools[s].available)
             last = max(
                 (row for row in self.rows if row.shard == shard), key=lambda row: row.request.rank
             )
             if last.pending:
-                return 0
+                return 0, width
             self._preempt(last)
             rows = [row for row in rows if not row.left]
         for row in rows:
-            fresh = self.pools[row.shard].take(self._short(row, steps))
+            fresh = self.pools[row.shard].take(self._short(row, steps, width))
             assert fresh is not None
             row.blocks += fresh
-        return steps if rows else 0
+        return (steps if rows else 0), width
 
-    def _missing(self, rows: list[Row], steps: int) -> list[int]:
+    def _missing(self, rows: list[Row], steps: int, width: int) -> list[int]:
         missing = [0] * len(self.pools)
         for row in rows:
-            missing[row.shard] += self._short(row, steps)
+            missing[row.shard] += self._short(row, steps, width)
         return missing
 
-    def _short(self, row: Row, steps: int) -> int:
+    def _size(self, row: Row, steps: int, width: int) -> tuple[int, int]:
+        """How many of so many steps the row takes, and the tokens of each at most."""
+        return (steps, width) if row.request.constraint is None else (1, 1)
+
+    def _short(self, row: Row, steps: int, width: int) -> int:
         """Blocks that a row lacks for so many steps: the last token of all is never written."""
-        written = min(self._known(row) + steps, row.request.limit) - 1
+        tokens = math.prod(self._size(row, steps, width))
+        written = min(self._known(row) + tokens, row.request.limit) - 1
         return max(0, self.pools[row.shard].needed(written) - len(row.blocks))
 
     def _preempt(self, row: Row) -> None:

@@ -11,7 +11,7 @@ from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.engine import Engine
-from jaxgen.serve.request import SamplingConfig
+from jaxgen.serve.request import SamplingConfig, TokenLogprobs
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.schema import Served
 
@@ -26,7 +26,8 @@ MAX_SEQ_LEN = 4096
 class Echo:
     """Stands for the runner: after the prompt comes the prompt, rotated by the seed, and its end.
 
-    A greedy answer is not rotated.
+    A greedy answer is not rotated. What a constraint does not let in gives way to the lowest token
+    that it does. Token n has the log-probability -n / 1000.
     """
 
     compilations = 0
@@ -40,7 +41,7 @@ class Echo:
         if self.broken:
             raise self.broken
         rows = [(chunk.row, 1) for chunks in plan.rounds for chunk in chunks if chunk.last]
-        rows += [(row, plan.steps) for row in plan.rows]
+        rows += [(row, burst.steps) for burst in plan.bursts for row in burst.rows]
         return [
             self.run(row, steps, 0 if i else self.step_s) for i, (row, steps) in enumerate(rows)
         ]
@@ -50,20 +51,26 @@ class Echo:
         at = begun if steps == 1 and row not in self.next else self.next[row]
         self.next[row] = at + steps
         tokens = [token_of(row.request, at + i) for i in range(steps)]
+        count = row.request.sampling.logprobs
+        top = tuple((n, -n / 1000) for n in range(count or 0))
+        logprobs = [TokenLogprobs(-n / 1000, top) for n in tokens] if count is not None else []
 
         def fetch():
             time.sleep(seconds)
-            return [(row, tokens)]
+            return [(row, tokens, logprobs)]
 
-        return types.SimpleNamespace(fetch=fetch, asked=steps)
+        constrained = row.request.constraint is not None
+        counts = {"asked": steps, "promised": steps, "guessed": None}
+        return types.SimpleNamespace(fetch=fetch, constrained=constrained, **counts)
 
 
 def token_of(request, at):
-    size = len(request.prompt)
-    if at % (size + 1) == size:
-        return EOS
+    size, mask = len(request.prompt), request.mask
     shift = request.sampling.seed if request.sampling.temperature else 0
-    return request.prompt[(at + shift) % size]
+    token = EOS if at % (size + 1) == size else request.prompt[(at + shift) % size]
+    if mask is None or mask[token // 32] >> token % 32 & 1:
+        return token
+    return next(n for n in range(EOS + 1) if mask[n // 32] >> n % 32 & 1)
 
 
 class EchoCore(EngineCore):
@@ -78,7 +85,8 @@ class EchoCore(EngineCore):
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
         )
-        self.tokens_generated, self.changed = 0, threading.Condition()
+        self.tokens_generated = self.tokens_drafted = self.tokens_accepted = 0
+        self.changed = threading.Condition()
         self._flying = deque()
 
 

@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from jaxgen.errors import UserError
+from jaxgen.serve.cache import Slots, VocabRows
 from jaxgen.serve.request import SamplingConfig
-from jaxgen.serve.sampler import sample
+from jaxgen.serve.sampler import Wanted, sample
 
 DRAWS = 20_000
 VOCAB = 300  # More than two blocks of the two-step draw, and not a whole number of them.
@@ -39,7 +40,15 @@ def reference(logits, temperature, top_k, top_p):
 
 @jax.jit
 def draw(logits, seeds, positions, temperature, top_k, top_p):
-    return sample(logits, seeds, positions, temperature, top_k, top_p)
+    num, vocab = logits.shape
+    lines = Slots.nobodys(lambda value, dtype, *shape: jnp.full((num, *shape), value, dtype))
+    lines = lines._replace(seeds=seeds, temperature=temperature, top_k=top_k, top_p=top_p)
+    one = (1, vocab)  # Nobody asks for what is in these.
+    nothing = VocabRows(
+        jnp.zeros(one), jnp.zeros(one, bool), jnp.zeros(one, int), jnp.zeros((1, 10), jnp.uint32)
+    )
+    slots, recent = jnp.zeros(num, int), jnp.zeros((num, 0), int)
+    return sample(logits, lines, Wanted.of(lines), slots, positions, nothing, recent)
 
 
 def rows(num, logits, seeds, positions, temperature, top_k, top_p):

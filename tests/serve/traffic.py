@@ -10,6 +10,8 @@ import random
 import sys
 from collections import deque
 
+import numpy as np
+
 from jaxgen.serve.blocks import NULL, Blocks
 from jaxgen.serve.request import QueueFull, Request, SamplingConfig
 from jaxgen.serve.scheduler import Scheduler
@@ -27,14 +29,46 @@ def after(state):
     return (state >> 7) % VOCAB
 
 
+def drawn(state, mask):
+    """The token that follows, of those that a mask lets in: the next one up, round and round."""
+    token = after(state)
+    while mask is not None and not mask[token // 32] >> token % 32 & 1:
+        token = (token + 1) % VOCAB
+    return token
+
+
+class Every:
+    """Lets every third token in, another third after each; or the stop id, after some."""
+
+    def __init__(self, end):
+        self.end, self.count = end, 0
+
+    def mask(self):
+        tokens = np.arange(VOCAB)
+        chosen = tokens[(tokens + self.count) % 3 == 0] if self.count < self.end else [STOP]
+        mask = np.zeros(-(-VOCAB // 32), np.uint32)
+        for token in chosen:
+            mask[token // 32] |= np.uint32(1 << token % 32)
+        return mask
+
+    def accept(self, token):
+        self.count += 1
+
+
 def alone(request):
     """The answer that a request must get."""
     state, output = 0, []
+    rule = None if request.constraint is None else Every(request.constraint.end)
     for token in request.prompt:
         state = folded(state, token)
-    while len(output) < request.sampling.max_tokens and after(state) != STOP:
-        output.append(after(state))
-        state = folded(state, output[-1])
+    while len(output) < request.sampling.max_tokens:
+        token = drawn(state, None if rule is None else rule.mask())
+        if token == STOP:
+            break
+        output.append(token)
+        state = folded(state, token)
+        if rule is not None:
+            rule.accept(token)
     return output
 
 
@@ -42,6 +76,7 @@ class Device:
     """Runs plans at once, and remembers what came of them until it is read."""
 
     def __init__(self, shards, blocks):
+        self.random = random.Random(blocks)
         self.memory = [[[None] * BLOCK for _ in range(blocks)] for _ in range(shards)]
         self.slots = {}
         self.unread = deque()
@@ -77,28 +112,49 @@ class Device:
                 for place in range(chunk.start, chunk.start + chunk.size):
                     state = self.write(row, row.blocks, place, row.tokens[place])
                 if chunk.last:
-                    token = after(state)
+                    token = drawn(state, row.request.mask)
                     done = token == STOP or len(row.tokens) + 1 == row.request.limit
                     self.slots[row.slot] = [token, len(row.tokens), done]
-                    got.append((row, [token], 1))
-        for row in plan.rows:
+                    got.append((row, [token], 1, 1))
+        for row, burst in [(row, each) for each in plan.bursts for row in each.rows]:
+            steps, limit = burst.steps, row.request.limit
             token, place, done = self.slots[row.slot]
+            if row.request.constraint is not None:  # Its mask is of what follows the last token.
+                assert steps == burst.width == 1
+                assert row.request.output[-1] == token
             tokens = []
-            for _ in range(plan.steps):
-                if done:
-                    break
-                token, place = after(self.write(row, row.blocks, place, token)), place + 1
-                tokens.append(token)
-                done = token == STOP or place + 1 == row.request.limit
+            for _ in range(steps):
+                # All but the last of these were guessed, and so were more, which did not stand.
+                guessed = place if done else min(place + burst.width, limit - 1)
+                for _ in range(self.random.randint(1, burst.width)):
+                    if not done:
+                        state = self.write(row, row.blocks, place, token)
+                        token, place = drawn(state, row.request.mask), place + 1
+                        tokens.append(token)
+                        done = token == STOP or place + 1 == limit
+                for behind in range(place, guessed):
+                    self.write(row, row.blocks, behind, VOCAB)
             self.slots[row.slot] = [token, place, done]
-            got.append((row, tokens, plan.steps))
+            got.append((row, tokens, steps * burst.width, steps))
         self.unread.append(got)
 
 
 class Traffic:
     """Random requests and cancellations; what must hold is checked as they go."""
 
-    def __init__(self, seed, *, shards, blocks, slots, prefix_cache=True, chunk=12, burst=4):
+    def __init__(
+        self,
+        seed,
+        *,
+        shards,
+        blocks,
+        slots,
+        prefix_cache=True,
+        chunk=12,
+        burst=4,
+        constrained=0,
+        width=1,
+    ):
         self.random = random.Random(seed)
         self.pools = [Blocks(blocks, BLOCK, prefix_cache=prefix_cache) for _ in range(shards)]
         self.scheduler = Scheduler(
@@ -108,7 +164,10 @@ class Traffic:
             burst=burst,
             max_queued_requests=12,
             max_queued_tokens=200,
+            width=width,
+            wide_rows=3,
         )
+        self.constrained = constrained
         self.device = Device(shards, blocks)
         self.live, self.answered, self.refused, self.cancelled = [], 0, 0, 0
         # Prompts begin alike, so that there are prefixes to find.
@@ -123,6 +182,7 @@ class Traffic:
             SamplingConfig(max_tokens=pick.randrange(1, 16)),
             frozenset([STOP]),
             priority=pick.choice([0, 0, 0, 1, -1]),
+            constraint=Every(pick.randrange(1, 16)) if pick.random() < self.constrained else None,
         )
         try:
             self.scheduler.submit(request)
@@ -136,8 +196,8 @@ class Traffic:
         if plan:
             self.device.run(plan)
         while len(self.device.unread) > (lag if plan else 0):
-            for row, tokens, asked in self.device.unread.popleft():
-                self.scheduler.deliver(row, tokens, asked=asked)
+            for row, tokens, asked, promised in self.device.unread.popleft():
+                self.scheduler.deliver(row, tokens, asked=asked, promised=promised)
         for request in [request for request in self.live if request.finish_reason]:
             self.live.remove(request)
             if request.finish_reason == "cancelled":
@@ -178,6 +238,8 @@ SETTINGS = {
     "tight": {"shards": 1, "blocks": 14, "slots": 4},
     "two_shards": {"shards": 2, "blocks": 16, "slots": 3},
     "no_prefix_cache": {"shards": 1, "blocks": 16, "slots": 4, "prefix_cache": False},
+    "constrained": {"shards": 2, "blocks": 16, "slots": 3, "constrained": 0.5},
+    "guessing": {"shards": 2, "blocks": 16, "slots": 3, "constrained": 0.2, "width": 4},
     "one_step": {"shards": 1, "blocks": 14, "slots": 2, "chunk": 4, "burst": 1},
 }
 

@@ -22,6 +22,7 @@ from jaxgen.nn.paged import RaggedPages, attend_paged, empty_pages
 from jaxgen.nn.paged_ragged import BLOCK_BYTES
 from jaxgen.plan.hlo import Program
 from jaxgen.serve.cache import empty_state
+from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import decode
 from jaxgen.serve.weights import for_serving
 from jaxgen.sharding import MeshConfig, Rules, abstract, make_mesh
@@ -52,7 +53,7 @@ def test_a_step_of_8b_reads_its_weights_and_the_live_cache_and_little_else(num_l
     config = dataclasses.replace(LLAMA_3_1_8B, num_layers=num_layers, max_seq_len=CONTEXT)
     key, compute = jax.random.key(0), ComputeConfig(dtype="bfloat16")
     model = abstract(lambda: for_serving(Decoder(config, key=key, compute=compute)), mesh)
-    state = abstract(lambda: empty_state(model, ROWS, ROWS * WIDTH + 1, PAGE), mesh)
+    state = abstract(lambda: empty_state(model, ROWS, ROWS * WIDTH + 1, EngineConfig()), mesh)
     assert isinstance(state.layers[0], RaggedPages)
     weights, structure = jax.tree.flatten(model)
 
