@@ -22,6 +22,7 @@ from jaxgen.nn.init import Maker
 from jaxgen.nn.layers import RMSNorm, embed, soft_cap
 from jaxgen.nn.paged import LayerPages
 from jaxgen.nn.pipeline import cut, join, run_stages
+from jaxgen.nn.quantized import Quantized, multiply
 from jaxgen.nn.rope import rotation
 from jaxgen.nn.router import RouterStats, RouterSums
 from jaxgen.nn.schedule import Schedule
@@ -157,10 +158,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns fp32 logits, split over the vocabulary."""
         rules = self.rules.here()
-        head = self.head_table.astype(self.dtype)
-        head = reshard(head, rules.gathered("vocab", "embed"))
+        head = self.embedding if self.config.tie_embeddings else self.head
+        head = gather(head, rules, self.dtype)[...]
         hidden = enter(hidden, rules, "vocab")
-        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        if isinstance(head, Quantized):
+            logits = multiply("BTD,VD->BTV", hidden, head)
+        else:
+            logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_soft_cap)
 
     @property

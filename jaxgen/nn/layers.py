@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxgen.nn.init import Maker
 from jaxgen.nn.lora import BlockAdapters, add_entering, add_leaving
 from jaxgen.nn.product import product
+from jaxgen.nn.quantized import Quantized, look_up, specs
 from jaxgen.nn.stream import enter, leave, partial_sums, stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
 
@@ -89,7 +90,10 @@ class GatedMLP(nnx.Module):
 
 
 def embed(
-    table: Float[Array, "V D"], tokens: Int[Array, "*M B T"], rules: Rules, dtype: jnp.dtype
+    table: Float[Array, "V D"] | Quantized,
+    tokens: Int[Array, "*M B T"],
+    rules: Rules,
+    dtype: jnp.dtype,
 ) -> Float[Array, "*M B T D"]:
     """Looks tokens up in a table split over both its dimensions, without gathering the table.
 
@@ -113,13 +117,14 @@ def embed(
         return cut + int(axis in seq_axes)
 
     def lookup(table, tokens):
-        table = _replica(table, replicas, dtype) if replicas else table
+        if replicas and not isinstance(table, Quantized):
+            table = _replica(table, replicas, dtype)
         for axis in embed_axes:
             tokens = lax.all_gather(tokens, axis, axis=dim_of(axis), tiled=True)
         local = tokens - (lax.axis_index(vocab_axes) * table.shape[0] if vocab_axes else 0)
         mine = (local >= 0) & (local < table.shape[0])
         # The gradient of this lookup adds up in the table's own fp32.
-        x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0.0).astype(dtype)
+        x = jnp.where(mine[..., None], look_up(table, jnp.where(mine, local, 0)), 0.0).astype(dtype)
         for axis in reversed(embed_axes):
             x = lax.all_to_all(x, axis, dim_of(axis), x.ndim - 1, tiled=True)
         for dim, axes in enumerate(scattered):
@@ -133,7 +138,7 @@ def embed(
     ]
     found = jax.shard_map(
         lookup,
-        in_specs=(rules("vocab", "embed"), rows),
+        in_specs=(specs(table, rules, ("vocab", "embed")), rows),
         out_specs=P(*(axes or None for axes in split)),
     )(table, tokens)
     return reshard(found, spec)

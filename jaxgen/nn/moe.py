@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.nn.init import Maker, Precise
 from jaxgen.nn.layers import ACTIVATIONS, GatedMLP
 from jaxgen.nn.pipeline import shard_map
+from jaxgen.nn.quantized import Quantized, specs
 from jaxgen.nn.router import RouterStats, route
 from jaxgen.nn.stream import stream_spec
 from jaxgen.sharding import Rules, logical_to_mesh
@@ -64,12 +65,14 @@ class MoE(nnx.Module):
         """
         rules = self.rules.here()
         params = (self.router, self.gate, self.up, self.down)
-        specs = tuple(rules.gathered(*param.axes) for param in params)
+        weights = tuple(param[...] for param in params)
+        weight_specs = tuple(specs(param[...], rules.gathered, param.axes) for param in params)
         counted_spec = rules("batch", "act_seq")
         mesh = jax.sharding.get_abstract_mesh()
 
         def device(x, counted, bias, *weights):
-            return self._device(rules, x, counted, bias, *map(vary, weights, specs))
+            weights = jax.tree.map(vary, weights, weight_specs)
+            return self._device(rules, x, counted, bias, *weights)
 
         def vary(weight, spec):
             return lax.pcast(
@@ -79,14 +82,14 @@ class MoE(nnx.Module):
         stats_shapes = RouterStats.shapes(self.config.num_experts)
         y, stats = shard_map(
             device,
-            in_specs=(stream_spec(rules), counted_spec, rules(None), *specs),
+            in_specs=(stream_spec(rules), counted_spec, rules(None), *weight_specs),
             out_specs=(stream_spec(rules), jax.tree.map(lambda _: rules(), stats_shapes)),
             out=(x, stats_shapes),
         )(
             x,
             reshard(counted, counted_spec),
             None if self.bias is None else self.bias[...],
-            *(param[...] for param in params),
+            *weights,
         )
         y = checkpoint_name(y, "mlp_out")
         return (y if self.shared is None else y + self.shared(x)), stats
@@ -213,7 +216,7 @@ class Group(NamedTuple):
 
 
 def ragged_dot(
-    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
+    x: Float[Array, "R D"], w: Float[Array, "E D F"] | Quantized, sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
     """Returns group i of x times w[i]; rows after the last group are unspecified.
 
@@ -223,7 +226,14 @@ def ragged_dot(
     """
     dims = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
     # Said, for in tracing what a vmap over stages will run this is not yet a device's own product.
-    return lax.ragged_dot_general(x, w, sizes, dims, out_sharding=PartitionSpec(None, None))
+    whole = PartitionSpec(None, None)
+    if not isinstance(w, Quantized):
+        return lax.ragged_dot_general(x, w, sizes, dims, out_sharding=whole)
+    y = lax.ragged_dot_general(
+        x, w.values, sizes, dims, preferred_element_type=jnp.float32, out_sharding=whole
+    )
+    scale = jnp.repeat(w.scale[:, 0], sizes, axis=0, total_repeat_length=x.shape[0])
+    return (y * scale).astype(x.dtype)
 
 
 def _counts(values: Int[Array, " n"], num: int) -> Int[Array, " num"]:

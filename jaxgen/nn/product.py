@@ -8,10 +8,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.nn.attention import mesh_device
+from jaxgen.nn.quantized import Quantized, multiply
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def product(formula: str, x: jax.Array, w: jax.Array, out: P | None = None) -> jax.Array:
+def product(
+    formula: str, x: jax.Array, w: jax.Array | Quantized, out: P | None = None
+) -> jax.Array:
     """jnp.einsum(formula, x, w, out_sharding=out), with a weight gradient that is fast on CPU.
 
     JAX's own rule forms the gradient of `w` transposed, which XLA's CPU products read both operands
@@ -21,14 +23,21 @@ def product(formula: str, x: jax.Array, w: jax.Array, out: P | None = None) -> j
         formula: as "BTD,DF->BTF": x, then the weight.
         x: activations.
         w: a weight. Where it or x is `reduced`, its gradient is left as a partial sum over those
-            axes.
+            axes. In int8 it has none.
         out: the result's sharding, where the contraction runs over a sharded dimension.
     """
+    if isinstance(w, Quantized):
+        return multiply(formula, x, w, out).astype(x.dtype)
+    return _product(formula, x, w, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(formula: str, x: jax.Array, w: jax.Array, out: P | None) -> jax.Array:
     return jnp.einsum(formula, x, w, out_sharding=out)
 
 
 def _product_forward(formula, x, w, out):
-    return product(formula, x, w, out), (x, w)
+    return _product(formula, x, w, out), (x, w)
 
 
 def _product_backward(formula, out, operands, dy):
@@ -52,4 +61,4 @@ def _product_backward(formula, out, operands, dy):
     return dx, jnp.transpose(lax.optimization_barrier(dw), back)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)

@@ -6,6 +6,7 @@ for the backward pass instead of kept.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -16,9 +17,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
 from jaxgen.nn.init import Elementwise, Precise
+from jaxgen.nn.quantized import Quantized, specs
 from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Module | nnx.Param)
 Keep = Literal["remat", "keep", "offload"]
 
 
@@ -83,7 +85,11 @@ def gather(module: M, rules: Rules, dtype: jnp.dtype, over: Axes = AXES) -> M:
     """
 
     def whole(param: nnx.Param) -> nnx.Param:
-        value = param[...].astype(jnp.float32 if isinstance(param, Precise) else dtype)
+        if isinstance(value := param[...], Quantized):
+            spec = functools.partial(rules.gathered, over=over)
+            value = jax.tree.map(reshard, value, specs(value, spec, param.axes))
+            return type(param)(value, axes=param.axes)
+        value = value.astype(jnp.float32 if isinstance(param, Precise) else dtype)
         if not isinstance(param, Elementwise):
             axes = ("layers",) * (value.ndim - len(param.axes)) + param.axes
             gathered = rules.gathered(*axes, over=over)

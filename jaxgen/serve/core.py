@@ -41,8 +41,8 @@ class EngineCore:
     ):
         """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
         self.config = config
-        draft = None if draft is None else for_serving(draft, dtype)
-        self.runner = Runner(for_serving(model, dtype), config, draft)
+        draft = None if draft is None else for_serving(draft, dtype, config.weights)
+        self.runner = Runner(for_serving(model, dtype, config.weights), config, draft)
         self.pools = [
             Blocks(self.runner.num_pages, self.runner.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)

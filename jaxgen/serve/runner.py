@@ -285,7 +285,7 @@ class Runner:
 
         # Threads have no mesh of their own.
         with jax.set_mesh(self.mesh):
-            state = abstract(functools.partial(self._empty, num_pages), self.mesh)
+            state: Any = abstract(functools.partial(self._empty, num_pages), self.mesh)
             small = {"shape": shape, "mask": mask, "note": note}
             if name in small:
                 part = state.drafts.history if name == "note" else state.vocab

@@ -8,24 +8,28 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import reshard
 
 from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
 from jaxgen.nn.init import Elementwise, Precise
+from jaxgen.nn.quantized import quantize, specs
+from jaxgen.serve.config import Weights
 from jaxgen.sharding import Rules, logical_to_mesh
 
 Dtype = Literal["bfloat16", "float32"]
 
 
-def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
+def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "auto") -> Decoder:
     """Returns a copy of a model for decoding; call it inside the mesh.
 
     - Layers are a list: a scan copies every layer's weights and its cache for every token. This
       holds on a TPU too, where the cache would be written twice; a longer compilation is the price.
     - Weights are in the compute dtype once and for all, which is the model's own, except float32 on
-      CPU, where products of a few bf16 rows are slow.
+      CPU, where products of a few bf16 rows are slow; or all matrices are in int8, but for routers.
+      They are converted one after the other.
     - Weights are whole over `fsdp` if that takes less than half of a device's memory: they are read
       for every token, and gathering them would take far longer than reading. Otherwise they stay
       split, and each layer is gathered when it runs.
@@ -47,30 +51,65 @@ def for_serving(model: Decoder, dtype: Dtype | None = None) -> Decoder:
     seq = logical_to_mesh(rules.seq)
     left = {n: tuple(a for a in logical_to_mesh(axes) if a not in seq) for n, axes in rules.items()}
     rules = Rules(**left)
-    if _fits(model, dtype):
+    if _fits(model, dtype, weights):
         rules = dataclasses.replace(rules, embed=None, expert_embed=None)
     compute = dataclasses.replace(model.compute, dtype=dtype)
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
     shape = jax.eval_shape(lambda: make(key=jax.random.key(0)).unstacked())
+    convert = functools.partial(converted, dtype=dtype, weights=weights, rules=rules)
+    graph = jax.tree.map(lambda leaf: leaf, model)
+    stacks, structure = jax.tree.flatten(graph.layers, is_leaf=_is_param)
+    graph.layers = nnx.List([])
+    graph = jax.tree.map(convert, graph, is_leaf=_is_param)
+    graph.layers = nnx.List(
+        [
+            jax.tree.unflatten(structure, [convert(param, layer) for param in stacks])
+            for layer in range(model.config.num_layers)
+        ]
+    )
+    params = jax.tree.leaves(graph, is_leaf=_is_param)
+    return jax.tree.unflatten(jax.tree.structure(shape, is_leaf=_is_param), params)
 
-    def convert(param: nnx.Param) -> nnx.Param:
-        value = param[...]
-        if not isinstance(param, Elementwise):
-            value = value if isinstance(param, Precise) else value.astype(dtype)
-            value = reshard(value, rules.here()(*param.axes))
-        return type(param)(value, axes=param.axes)
 
-    def leaves(model: Decoder) -> list[jax.Array]:
-        return jax.tree.leaves(jax.tree.map(convert, model.unstacked(), is_leaf=_is_param))
+@functools.partial(jax.jit, static_argnames=("dtype", "weights", "rules"))
+def converted(
+    param: nnx.Param,
+    layer: int | jax.Array | None = None,
+    *,
+    dtype: Dtype,
+    weights: Weights,
+    rules: Rules,
+) -> nnx.Param:
+    """Returns one parameter, or one layer's of those that are stacked, as decoding wants it.
 
-    return jax.tree.unflatten(jax.tree.structure(shape), jax.jit(leaves)(model))
+    Args:
+        param: of a trained model.
+        layer: None for a parameter that is not stacked.
+        dtype: of the decoder's products.
+        weights: what its matrices are stored as.
+        rules: the decoder's.
+    """
+    value: Any = param[...]
+    if layer is not None:
+        value = lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    if not isinstance(param, Elementwise):
+        if _quantized(param, weights):
+            value = quantize(value, param.axes)
+        elif not isinstance(param, Precise):
+            value = value.astype(dtype)
+        value = jax.tree.map(reshard, value, specs(value, rules.here(), param.axes))
+    return type(param)(value, axes=param.axes)
+
+
+def _quantized(param: nnx.Param, weights: Weights) -> bool:
+    return weights == "int8" and not isinstance(param, Elementwise | Precise)
 
 
 def _is_param(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Param)
 
 
-def _fits(model: Decoder, dtype: Dtype) -> bool:
+def _fits(model: Decoder, dtype: Dtype, weights: Weights) -> bool:
     """Whether a device can hold its weights whole over `fsdp`, and as much again."""
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
@@ -78,7 +117,8 @@ def _fits(model: Decoder, dtype: Dtype) -> bool:
     rules = dataclasses.replace(model.rules, embed=None, expert_embed=None)
 
     def held(param: nnx.Param) -> float:
-        return param[...].size / math.prod(rules.shards(axis, mesh) for axis in param.axes if axis)
+        stored = "int8" if _quantized(param, weights) else dtype
+        shards = math.prod(rules.shards(axis, mesh) for axis in param.axes if axis)
+        return param[...].size * jnp.dtype(stored).itemsize / shards
 
-    weights = sum(map(held, jax.tree.leaves(model, is_leaf=_is_param)))
-    return weights * jnp.dtype(dtype).itemsize < memory / 2
+    return sum(map(held, jax.tree.leaves(model, is_leaf=_is_param))) < memory / 2
