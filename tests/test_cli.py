@@ -252,6 +252,7 @@ def test_generate_draws_as_the_model_says_unless_it_is_told(
 
 def test_generate_takes_a_folder_on_a_mesh(capsys, model):
     argv = ["generate", model, "--prompt", "hello", "--max-tokens", "8", "--mesh.tensor", "2"]
+    argv += ["--mesh.context", "2"]
     assert main(argv) == 0
     drawn = capsys.readouterr().out
     assert drawn.startswith("hello")

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder
-from jaxgen.nn.paged import LayerPages, PagedBackend, empty_pages
+from jaxgen.nn.paged import LayerPages, empty_pages
+from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.request import Request
 
 # Stop ids that the device knows of; a request may have more, which the host looks for.
@@ -132,24 +133,14 @@ class DecodeState(NamedTuple):
     """None where nothing is guessed."""
 
 
-def empty_state(
-    model: Decoder,
-    slots: int,
-    pages: int,
-    page_size: int,
-    *,
-    attention: PagedBackend = "auto",
-    int8: bool = False,
-) -> DecodeState:
+def empty_state(model: Decoder, slots: int, pages: int, config: EngineConfig) -> DecodeState:
     """Returns a state in which no slot and no page is anybody's; call it inside the mesh.
 
     Args:
         model: from `for_serving`.
         slots: rows that can run at once on all devices together.
         pages: of each shard of rows.
-        page_size: tokens of a page on each device that has a part of it.
-        attention: what reads the pages; see `empty_pages`.
-        int8: whether keys and values are.
+        config: what pages are like.
     """
     rules = model.rules.here()
 
@@ -164,20 +155,22 @@ def empty_state(
         counts=line(0, np.int32, vocab),
         mask=line(0, np.uint32, -(-vocab // 32)),
     )
-    layers = empty_layers(model, pages, page_size, attention, int8=int8)
-    return DecodeState(Slots.nobodys(line), layers, rows)
+    return DecodeState(Slots.nobodys(line), empty_layers(model, pages, config), rows)
 
 
-def empty_drafts(model: Decoder, layers: list[LayerPages], slots: int, gain: float) -> Drafts:
-    """Returns what drafts are made from.
+def empty_drafts(
+    model: Decoder, draft: Decoder | None, slots: int, pages: int, config: EngineConfig
+) -> Drafts:
+    """Returns what drafts are made from, of the size of `empty_state`.
 
     Args:
         model: from `for_serving`.
-        layers: pages of the draft model, if there is one.
-        slots: as in `empty_state`.
-        gain: drafts that are expected to stand, before anything is known.
+        draft: likewise, if there is one.
+        slots: as there.
+        pages: as there.
+        config: as there.
     """
-    rules = model.rules.here()
+    rules, gain = model.rules.here(), config.draft_tokens / 2
 
     def full(value, dtype, *shape):
         return jnp.full(shape, value, dtype, out_sharding=rules(*[None] * len(shape)))
@@ -187,17 +180,14 @@ def empty_drafts(model: Decoder, layers: list[LayerPages], slots: int, gain: flo
         gain=full(gain, np.float32, slots + 1),
         mean_gain=full(gain, np.float32),
         known=full(0, np.int32, slots + 1),
-        layers=layers,
+        layers=[] if draft is None else empty_layers(draft, pages, config),
     )
 
 
-def empty_layers(
-    model: Decoder, pages: int, page_size: int, attention: PagedBackend, *, int8: bool
-) -> list[LayerPages]:
-    """Returns the pages of a model's layers; arguments are as in `empty_state`."""
-    config, rules = model.config, model.rules.here()
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    return [
-        empty_pages(rules, pages, page_size, heads, model.dtype, backend=attention, int8=int8)
-        for _ in range(config.num_layers)
-    ]
+def empty_layers(model: Decoder, pages: int, config: EngineConfig) -> list[LayerPages]:
+    """Returns the pages of a model's layers."""
+    shape = model.config
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    how = {"backend": config.attention, "int8": config.kv_dtype == "int8"}
+    args = (model.rules.here(), pages, config.block_size, heads, model.dtype)
+    return [empty_pages(*args, **how) for _ in range(shape.num_layers)]

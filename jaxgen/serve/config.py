@@ -6,8 +6,9 @@ from typing import Literal, get_args
 from jaxgen.errors import UserError
 from jaxgen.nn.paged import PagedBackend
 
-Weights = Literal["auto", "int8"]
 Speculation = Literal["off", "prompt_lookup", "draft"]
+
+Weights = Literal["auto", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,13 @@ class EngineConfig:
     quarter of fp32, with a scale for each output channel. Answers are not quite the same."""
     prefix_cache: bool = True
     """Whether pages stay, while there is room, for later requests that begin alike."""
+    kv_dtype: Literal["auto", "int8"] = "auto"
+    """What keys and values are kept in: what the model computes in, or int8 with a scale for each
+    token and head, which holds almost twice (from float32, four times) as many tokens."""
+    attention: PagedBackend = "auto"
+    """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
+    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
+    int8 and mesh.context is 1, and otherwise `gather`."""
     speculation: Speculation = "off"
     """Where tokens come from that one step of the model verifies together: what followed the same
     tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""
@@ -42,28 +50,17 @@ class EngineConfig:
     speculation_max_seqs: int = 8
     """Requests that run at once, beyond which nothing is guessed: many rows keep the device busy
     without."""
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    """What keys and values are kept in: what the model computes in, or int8 with a scale for each
-    token and head, which holds almost twice (from float32, four times) as many tokens."""
-    attention: PagedBackend = "auto"
-    """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
-    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
-    int8 and mesh.context is 1, and otherwise `gather`."""
     max_queued_requests: int = 1024
     """Requests that wait at most; further ones are refused."""
     max_queued_tokens: int = 1 << 20
     """Tokens of the prompts of waiting requests at most."""
 
     def __post_init__(self):
-        if self.speculation not in get_args(Speculation):
-            ways = ", ".join(get_args(Speculation))
-            raise UserError(f"speculation={self.speculation!r}; use one of {ways}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, int) and not isinstance(value, bool)
-            if number and value < 1:
+            if type(value) is int and value < 1:
                 raise UserError(f"{field.name}={value}; use at least 1")
-        if self.weights not in get_args(Weights):
-            raise UserError(f"weights={self.weights!r}; use one of {', '.join(get_args(Weights))}")
+            elif isinstance(value, str) and value not in (ways := get_args(field.type)):
+                raise UserError(f"{field.name}={value!r}; use one of {', '.join(ways)}")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")

@@ -22,7 +22,7 @@ from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device, num_shards
 from jaxgen.nn.paged import token_axes
 from jaxgen.progress import progress
-from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_layers, empty_state
+from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
 from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
@@ -285,17 +285,11 @@ class Runner:
         return max(self._smallest_batch, 1 << (rows - 1).bit_length())
 
     def _empty(self, num_pages: int) -> DecodeState:
-        config, layers = self.config, []
-        size, int8 = config.block_size, config.kv_dtype == "int8"
-        state = empty_state(
-            self.model, self._nobody, num_pages, size, attention=config.attention, int8=int8
-        )
+        sizes = (self._nobody, num_pages, self.config)
+        state = empty_state(self.model, *sizes)
         if not self.speculates:
             return state
-        if self.draft is not None:
-            layers = empty_layers(self.draft, num_pages, size, config.attention, int8=int8)
-        drafts = empty_drafts(self.model, layers, self._nobody, config.draft_tokens / 2)
-        return state._replace(drafts=drafts)
+        return state._replace(drafts=empty_drafts(self.model, self.draft, *sizes))
 
     def _compile(self, key: Key, num_pages: int) -> jax.stages.Compiled:
         name, size = key

@@ -107,25 +107,46 @@ def test_tokens_split_over_context_give_the_tokens_of_one_device(generator, mesh
         Generator(make(), config=dataclasses.replace(small, kv_blocks=1))(prompts[1:2], GREEDY)
 
 
+def test_an_int8_cache_gives_a_row_what_it_gets_alone():
+    """Of a prompt that is read in chunks, and of others beside it, on one device and on several."""
+    prompts = prompts_of(3, 60, 8)
+    samplings = [GREEDY, DRAWN, DRAWN]
+    config = EngineConfig(max_num_seqs=4, kv_dtype="int8", prefill_chunk=16, kv_blocks=40)
+    with jax.set_mesh(mesh_of(ONE)):
+        one = Generator(make(), config=config)
+        together = one(prompts, samplings)
+        assert one(prompts[1:2], DRAWN) == together[1:2]
+    assert one.core.runner.state.layers[0].k.dtype == jnp.int8
+    with jax.set_mesh(mesh_of((MeshConfig(context=2, tensor=2), 4))):
+        assert Generator(make(), config=config)(prompts, samplings) == together
+
+
+EXPERTS = {
+    "data": (MeshConfig(data=2, tensor=2, expert=2), "all_gather", True),
+    "context": (MeshConfig(context=2, tensor=2, expert=2), "all_to_all", True),
+    "whole": (MeshConfig(fsdp=2, tensor=2, expert=2), "all_gather", True),
+    "split": (MeshConfig(fsdp=2, tensor=2, expert=2), "all_to_all", False),
+}
+
+
 @pytest.mark.parametrize(
-    "whole", [True, pytest.param(False, marks=pytest.mark.full)], ids=["whole", "split"]
+    "mesh", [pytest.param(n, marks=[pytest.mark.full] * (n != "data")) for n in EXPERTS]
 )
-def test_experts_give_the_tokens_of_one_device(whole, monkeypatch):
+def test_experts_give_the_tokens_of_one_device(mesh, monkeypatch):
     """One token a row travels to its experts too, by either way."""
+    config, dispatch, whole = EXPERTS[mesh]
     monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)
     moe = MoEConfig(num_experts=4, num_experts_per_tok=2, shared_mlp_dim=16, router="sigmoid")
-    config = dataclasses.replace(CONFIG, moe=moe)
+    experts = dataclasses.replace(CONFIG, moe=moe)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
     with jax.set_mesh(mesh_of(ONE)):
-        expected = Generator(make(config))(RAGGED, samplings)
+        expected = Generator(make(experts))(RAGGED, samplings)
     assert len({tuple(row) for row in expected}) == len(RAGGED)
-    mesh = MeshConfig(fsdp=2, tensor=2, expert=2)
-    dispatch = "all_gather" if whole else "all_to_all"
-    with jax.set_mesh(mesh_of((mesh, 8))):
-        sharded = Generator(make(config, dispatch=dispatch))
-        experts = str(sharded.model.layers[0].mlp.up[...].sharding.spec)
-        assert "expert" in experts
-        assert ("fsdp" in experts) is not whole
+    with jax.set_mesh(mesh_of((config, 8))):
+        sharded = Generator(make(experts, dispatch=dispatch))
+        spec = str(sharded.model.layers[0].mlp.up[...].sharding.spec)
+        assert "expert" in spec
+        assert ("fsdp" in spec) is not whole
         assert sharded(RAGGED, samplings) == expected
 
 

@@ -86,12 +86,15 @@ def test_a_burst_ends_with_its_last_row():
     assert tokens == []
 
 
-def test_pages_fill_the_memory_that_programs_leave(monkeypatch):
-    config = dataclasses.replace(SMALL, kv_blocks=None)
+@pytest.mark.parametrize(
+    ("kv_dtype", "token_bytes"), [("auto", 4 * CONFIG.head_dim), ("int8", CONFIG.head_dim + 4)]
+)
+def test_pages_fill_the_memory_that_programs_leave(kv_dtype, token_bytes, monkeypatch):
+    config = dataclasses.replace(SMALL, kv_blocks=None, kv_dtype=kv_dtype)
     every = core_of(ONE, config).runner.num_pages
     assert every == 8 * CONFIG.max_seq_len // 16 + 1
     device = type(jax.devices()[0])
-    page = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * 16 * CONFIG.head_dim * 4
+    page = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * 16 * token_bytes
 
     def pages_with(limit):
         stats = {"bytes_limit": limit, "bytes_in_use": 1000}
