@@ -6,12 +6,14 @@ B batch, T tokens, N heads, K kv heads, H head dim.
 import dataclasses
 import importlib.metadata
 import math
+import os
 import platform
 import statistics
 import textwrap
 import time
 import typing
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -242,18 +244,28 @@ def collectives() -> Section:
 
 
 def parity_matrix() -> Section:
-    """Training steps of small models on every mesh of all devices against one device."""
+    """Training steps of small models on every mesh of all devices against one device.
 
-    def check(config: TrainConfig):
-        result = parity.compare(config, make_mesh(config.mesh))
+    Programs are compiled side by side, which takes most of the time, and run one after the other.
+    """
+
+    def check(config: TrainConfig, compiling: Future[parity.Step]):
+        result = parity.compare(config, make_mesh(config.mesh), step=compiling.result())
         numbers = (result.loss_error, result.grad_error, result.steps_error)
         verdict = "ok" if result.ok else f"{WRONG}: worst gradient {result.worst}"
         return [*(f"{x:.0e}" for x in numbers), f"{result.seconds:.1f}"], verdict
 
+    def compile_step(config: TrainConfig) -> parity.Step:
+        return parity.compile_step(config, make_mesh(config.mesh))
+
     def rows():
-        for config in parity.cases(jax.device_count()):
-            split = [f"{axis}={size}" for axis, size in config.mesh.sizes.items() if size > 1]
-            yield config.name, " ".join(split) or "one device", *_judge(4, check, config)
+        configs = parity.cases(jax.device_count())
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            steps = [threads.submit(compile_step, config) for config in configs]
+            for config, compiling in zip(configs, steps, strict=True):
+                split = [f"{axis}={size}" for axis, size in config.mesh.sizes.items() if size > 1]
+                mesh = " ".join(split) or "one device"
+                yield config.name, mesh, *_judge(4, check, config, compiling)
 
     return Section(
         f"parity: relative errors against one device over {parity.NUM_STEPS} steps in fp32",

@@ -8,7 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -199,22 +199,49 @@ class Run:
     """Of the first step, by the name of the parameter."""
 
 
-def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
-    """Runs training steps from parameters and over rows that do not depend on the mesh.
+class Step(NamedTuple):
+    """A compiled training step."""
 
-    Parameters are random numbers, biases and norms too: initial ones, zero and one, would hide that
-    they are not applied.
+    program: jax.stages.Compiled
+    seconds: float
+    """That compiling it took."""
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> Step:
+    """Compiles the training step of a config; several threads may do so side by side.
 
     Raises:
         UserError: the config does not fit the mesh.
     """
+    begin = time.perf_counter()
     options = compiler_options(mesh)
     if mesh.devices.flat[0].platform == "cpu":
         # Half of the compile time, and the same collectives.
         options |= {"xla_backend_optimization_level": 0}
     # Else a TPU would multiply fp32 in bf16.
     with jax.default_matmul_precision("highest"):
-        step = lower_step(config, mesh).compile(compiler_options=options)
+        program = lower_step(config, mesh).compile(compiler_options=options)
+    return Step(program, time.perf_counter() - begin)
+
+
+def run(
+    config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS, step: Step | None = None
+) -> Run:
+    """Runs training steps from parameters and over rows that do not depend on the mesh.
+
+    Parameters are random numbers, biases and norms too: initial ones, zero and one, would hide that
+    they are not applied.
+
+    Args:
+        config: what to train.
+        mesh: on which devices.
+        num_steps: how long.
+        step: from `compile_step`; None to compile it now.
+
+    Raises:
+        UserError: the config does not fit the mesh.
+    """
+    step = step or compile_step(config, mesh)
     state, rng = abstract_state(config, mesh), np.random.default_rng(0)
 
     def fill(leaf: Any) -> jax.Array:
@@ -227,7 +254,7 @@ def run(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> Run:
     order = zigzag(config.train.seq_len, config.rules.shards("seq", mesh))
     for number in range(num_steps):
         batch = Batch(*(place(x[:, order], sharding) for x in rows(config, number)))
-        state, metrics = step(state, batch)
+        state, metrics = step.program(state, batch)
         losses.append(fetch(metrics["loss"]))
         if not number:
             leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -263,17 +290,20 @@ class ParityResult:
         )
 
 
-def compare(config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS) -> ParityResult:
+def compare(
+    config: TrainConfig, mesh: Mesh, num_steps: int = NUM_STEPS, step: Step | None = None
+) -> ParityResult:
     """Runs the same steps on `mesh` and on the first device of this process, and compares.
 
-    The run on one device is kept for the next call with such a config.
+    The run on one device is kept for the next call with such a config. Arguments are as in `run`.
 
     Raises:
         UserError: the config does not fit the mesh.
     """
+    step = step or compile_step(config, mesh)
     begin = time.perf_counter()
-    got = run(config, mesh, num_steps)
-    seconds = time.perf_counter() - begin
+    got = run(config, mesh, num_steps, step)
+    seconds = step.seconds + time.perf_counter() - begin
     expected = _alone(dataclasses.replace(config, mesh=ONE, rules=Rules()), num_steps)
     loss_errors = np.abs(got.losses - expected.losses) / np.abs(expected.losses)
     errors = {}

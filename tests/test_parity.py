@@ -113,12 +113,13 @@ def test_a_small_fault_of_a_mesh_is_found(shown, monkeypatch):
     changes, untouched = FAULTS[shown]
     run = parity.run
 
-    def faulty(config, mesh, num_steps):
+    def faulty(config, mesh, num_steps, step):
         if mesh.size > 1:
             for part, fields in changes.items():
                 changed = dataclasses.replace(getattr(config, part), **fields)
                 config = dataclasses.replace(config, **{part: changed})
-        return run(config, mesh, num_steps)
+            step = None
+        return run(config, mesh, num_steps, step)
 
     monkeypatch.setattr(parity, "run", faulty)
     mesh = MeshConfig(data=2, fsdp=1)
