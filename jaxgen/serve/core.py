@@ -134,7 +134,7 @@ class EngineCore:
         self._flying.clear()
         return self._land(due)
 
-    def _land(self, due: Sequence[Delivery]) -> list[tuple[Request, list[int]]]:
+    def _land(self, due) -> list[tuple[Request, list[int]]]:
         fetched = []
         for delivery in due:
             rows = delivery.fetch()
