@@ -238,6 +238,13 @@ def test_what_is_no_call_stays_content(text):
             "<tool_call>oh",
             [("now", "{}")],
         ),
+        # No string goes on in another line.
+        (
+            "hermes",
+            '<tool_call>{"oh\n<tool_call>{"name": "now", "arguments": {}}</tool_call>',
+            '<tool_call>{"oh',
+            [("now", "{}")],
+        ),
         # An end that is missing, or not all there, loses nothing.
         ("hermes", '<tool_call>{"name": "now", "arguments": {}} so', "so", [("now", "{}")]),
         ("hermes", '<tool_call>{"name": "now", "arguments": {}}</tool', "", [("now", "{}")]),
