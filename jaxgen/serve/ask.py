@@ -43,8 +43,6 @@ class Ask:
     """What the model may call."""
     shown: Mapping[int, str]
     """Special tokens that the text of an answer has to show, by name."""
-    one_call: bool
-    """Whether an answer has at most one call of a tool."""
     prompt_tokens: int
     """Of all prompts, each counted once."""
     count: int
@@ -198,7 +196,6 @@ def _ask(
         constraints=[constraint and constraint.fresh() for _ in range(len(prompts) * count)],
         tools=tools,
         shown=served.tool_format.special if tools else {},
-        one_call=not given.get("parallel_tool_calls", True),
         prompt_tokens=sum(map(len, prompts)),
         count=count,
         stream=stream,

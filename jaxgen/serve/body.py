@@ -105,6 +105,8 @@ def _check_anything(value: Any, at: str, depth: int = 0) -> None:
     match value:
         case str():
             _check_string(value, {}, at)
+        case float():
+            _check_number(value, {"type": "number"}, at)
         case list():
             for item in value:
                 _check_anything(item, at, depth + 1)

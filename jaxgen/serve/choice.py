@@ -25,19 +25,15 @@ class Part(NamedTuple):
 class Choice:
     """Turns the pieces of one answer into the parts of one choice."""
 
-    def __init__(
-        self, *, spelling: Spelling | None, parser: ToolParser | None, one_call: bool = False
-    ):
+    def __init__(self, spelling: Spelling | None, parser: ToolParser | None):
         """Starts before the answer.
 
         Args:
             spelling: of the tokens, if their log-probabilities are to be told.
             parser: finds calls of tools in the text; None: there are none.
-            one_call: whether calls after the first are left out.
         """
         self._tokens = None if spelling is None else PlacedTokens(spelling)
-        self._parser, self._one_call = parser, one_call
-        self._size, self._called = 0, False
+        self._parser, self._size, self._called = parser, 0, False
         self.count = 0
         """Tokens so far."""
 
@@ -62,7 +58,7 @@ class Choice:
         for event in events:
             if isinstance(event, TextPart):
                 text += event.text
-            elif not (self._one_call and event.index):
+            else:
                 self._called = True
                 calls.append(_delta(event))
         return Part(text, calls, self._tokens.shown(size) if self._tokens else ())

@@ -54,11 +54,7 @@ class Job:
         self._open = set(range(len(ask.prompts)))
         self._spelling = served.spelling if ask.samplings[0].logprobs is not None else None
         self._choices = [
-            Choice(
-                spelling=self._spelling,
-                parser=served.tool_format.parser(ask.tools) if ask.tools else None,
-                one_call=ask.one_call,
-            )
+            Choice(self._spelling, served.tool_format.parser(ask.tools) if ask.tools else None)
             for _ in ask.prompts
         ]
         kind = "chat.completion" if chat else "text_completion"

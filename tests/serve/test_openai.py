@@ -287,6 +287,11 @@ IN_JSON = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA
 TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 
 
+def called(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
 def nested(depth):
     return {"a": nested(depth - 1)} if depth else {}
 
@@ -306,6 +311,8 @@ def in_json(schema):
         ({"response_format": in_json({"not": {}})}, "response_format", "'not' at #"),
         ({"response_format": in_json({"a": "\ud800"})}, None, "surrogate"),
         ({"response_format": in_json(nested(80))}, None, "nested deeper than 64"),
+        ({"response_format": in_json({"maximum": float("1e308") * 10})}, None, "not JSON"),
+        (called('{"a": "\\ud800"}'), "messages", "a call of f"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "2 entries"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regular expression"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar", "the grammar"),
@@ -370,6 +377,17 @@ def test_neutral_values_are_taken(server):
                 continue
             for value in kind.get("enum", [None]):
                 assert server.post(path, valid | {name: value}).status_code == 200, (name, value)
+
+
+def test_numbers_of_a_schema_are_finite(server):
+    body = json.dumps(CHAT | {"response_format": in_json({"maximum": 0.125})})
+    answer = server.http.post(
+        "/v1/chat/completions",
+        content=body.replace("0.125", "1e999"),
+        headers={"Content-Type": "application/json"},
+    )
+    assert answer.status_code == 400
+    assert "schema.maximum=Infinity: expected a number" in answer.text
 
 
 def test_what_is_no_json_post_is_refused(server):
