@@ -1,6 +1,6 @@
 """Attention of new tokens to keys and values in pages: what holds them is what reads them.
 
-- `GatherPages` gathers pages and multiplies, on every platform: the reference for the other. Tokens
+- `GatherPages` are gathered and multiplied, on every platform: the reference for the other. Tokens
   may be split over devices, and be int8.
 - `RaggedPages` are read by JAX's Pallas kernel for TPUs: once, straight from where they lie.
 
@@ -63,11 +63,7 @@ def empty_pages(
     # Where query heads are split otherwise than kv heads, each has a copy of its kv head.
     num_heads, num_kv_heads, head_dim = heads
     kept = num_kv_heads if rules.kv_heads == rules.heads else num_heads
-    rows, tokens, split = (
-        logical_to_mesh(rules.batch),
-        token_axes(rules),
-        logical_to_mesh(rules.heads),
-    )
+    rows, split, tokens = *map(logical_to_mesh, (rules.batch, rules.heads)), token_axes(rules)
     reason = paged_ragged.refuses(
         mesh_device(), kept // num_shards(split), head_dim, dtype, num_shards(tokens), int8=int8
     )

@@ -16,6 +16,8 @@ from jaxgen.nn.attention import HIDDEN
 
 # Keys and values are read from pages this many tokens at a time, as far as the longest row goes.
 KEYS_AT_ONCE = 128
+# Of an int8 token: fp32.
+SCALE_BYTES = 4
 
 
 class GatherPages(NamedTuple):
@@ -46,9 +48,6 @@ class GatherPages(NamedTuple):
         kept = jnp.dtype("int8") if int8 else dtype
         spec = PartitionSpec(axes or None, None)
         return cls(*(jnp.zeros(shape, kept, out_sharding=spec) for _ in range(2)))
-
-
-SCALE_BYTES = 4
 
 
 def _cells(x: jax.Array, kept: jnp.dtype) -> jax.Array:

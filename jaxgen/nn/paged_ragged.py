@@ -41,8 +41,7 @@ class RaggedPages(NamedTuple):
         rows: tuple[str, ...],
         split: tuple[str, ...],
     ) -> "RaggedPages":
-        """Returns `pages` of zeros of all devices together, split over mesh axes of rows, and of
-        heads."""
+        """Returns zeros for all devices together, split over mesh axes of rows and of heads."""
         spec = PartitionSpec(rows or None, None, split or None, None)
         return cls(jnp.zeros((pages, size, 2 * kv_heads, head_dim), dtype, out_sharding=spec))
 
@@ -65,9 +64,10 @@ def refuses(
         return "has one scale for all int8 keys, not one for each token"
     if head_dim % LANES:
         return f"takes a head_dim in steps of {LANES}, not {head_dim}"
+    # Keys and values of a token that share 32 bits, one tile: bf16 is packed by twos.
     packed = 2 * kv_heads * dtype.itemsize / 4
     if packed not in (1, 2, 4) and packed % 8:
-        return f"takes 1, 2, 4 or 8n kv heads of 32 bits on a device, not {kv_heads} of {dtype}"
+        return f"takes 1, 2, 4 or a multiple of 8 kv heads on a device, not {kv_heads}"
     return None
 
 

@@ -38,8 +38,8 @@ class EngineConfig:
     token and head, which holds almost twice (from float32, four times) as many tokens."""
     attention: PagedBackend = "auto"
     """How pages are read: `ragged` is the TPU's kernel, `gather` runs everywhere and takes
-    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, the cache is not
-    int8 and mesh.context is 1, and otherwise `gather`."""
+    everything; `auto` is the kernel on a TPU where head_dim is in steps of 128, a device has 1, 2,
+    4 or a multiple of 8 kv heads, the cache is not int8 and mesh.context is 1, else `gather`."""
     speculation: Speculation = "off"
     """Where tokens come from that one step of the model verifies together: what followed the same
     tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""

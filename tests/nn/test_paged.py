@@ -139,7 +139,7 @@ REFUSED = {
     "context": (("tpu", 8, 128, "bfloat16", 2, False), "split sequence"),
     "int8": (("tpu", 8, 128, "bfloat16", 1, True), "int8"),
     "head_dim": (("tpu", 8, 64, "bfloat16", 1, False), "head_dim in steps of 128, not 64"),
-    "kv_heads": (("tpu", 3, 128, "bfloat16", 1, False), "not 3 of bfloat16"),
+    "kv_heads": (("tpu", 3, 128, "bfloat16", 1, False), "not 3"),
     "none": (("tpu", 1, 128, "bfloat16", 1, False), None),
 }
 
