@@ -96,6 +96,7 @@ _REFUSALS = {
     "413": "The body is larger than any prompt can be.",
     "415": "The body is not JSON.",
     "429": "Too much waits already; Retry-After says when to try again.",
+    "500": "An answer could not be held to its grammar to the end.",
     "503": "The server is starting, stopping or stuck.",
 }
 _PROBES = {

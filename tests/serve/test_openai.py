@@ -10,10 +10,12 @@ import threading
 import httpx
 import openai
 import pytest
+import tokenizers
 from echo_engine import served
 from prometheus_client.parser import text_string_to_metric_families
 from serving import running, wait_for
 
+from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.serve.grammar import Constraint
 from jaxgen.serve.job import Job
 from jaxgen.serve.prometheus import CONTENT_TYPE
@@ -388,6 +390,20 @@ def test_numbers_of_a_schema_are_finite(server):
     )
     assert answer.status_code == 400
     assert "schema.maximum=Infinity: expected a number" in answer.text
+
+
+def test_a_tokenizer_whose_bytes_are_not_known_is_told_so():
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    model.add_special_tokens(["</s>"])
+    words = Tokenizer(model, bos=None, eos="</s>", pad=None)
+    with running(model=served(tokenizer=words)) as server:
+        body = {"prompt": [0], "max_tokens": 3}
+        assert server.post("/v1/completions", body).status_code == 200
+        for more in ({"logprobs": 1}, {"structured_outputs": {"regex": "a"}}):
+            answer = server.post("/v1/completions", body | more)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"].startswith(next(iter(more)))
+            assert "neither grammars nor logprobs are supported" in answer.text
 
 
 def test_what_is_no_json_post_is_refused(server):
