@@ -7,7 +7,6 @@ from jaxgen.errors import UserError
 from jaxgen.nn.paged import PagedBackend
 
 Speculation = Literal["off", "prompt_lookup", "draft"]
-
 Weights = Literal["auto", "int8"]
 
 

@@ -279,7 +279,7 @@ class Engine:
                 running=len(scheduler.rows),
                 blocks_used=sum(pool.used for pool in core.pools),
                 blocks=sum(pool.num_blocks - 1 for pool in core.pools),
-                block_size=core.runner.block_size,
+                block_size=core.pools[0].block_size,
                 prompt_tokens=scheduler.prompt_tokens,
                 prompt_tokens_found=scheduler.prompt_tokens_found,
                 tokens_generated=core.tokens_generated,

@@ -212,7 +212,8 @@ class Runner:
         wide = [np.bool_(burst.width > 1)] * (kind == "speculate")
         made = self._run((kind, batch), table, slots, np.int32(burst.steps), *wide)
         tokens, scores, *guessed = made
-        return Delivery(tokens, places, burst.steps * burst.width, burst.steps, scores, *guessed)
+        delivery = Delivery(tokens, places, burst.steps * burst.width, burst.steps, scores)
+        return delivery._replace(guessed=guessed[0]) if guessed else delivery
 
     def _run(self, key: Key, *args: Any) -> list[Any]:
         self.state, *came = self._compiled(key)(self._weights, self.state, *args)
