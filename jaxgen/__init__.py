@@ -34,7 +34,7 @@ _MODULES = {
     "serve.config": ("EngineConfig",),
     "serve.engine": ("Engine",),
     "serve.generate": ("Generator", "generate", "generate_text"),
-    "serve.request": ("QueueFull", "SamplingConfig"),
+    "serve.request": ("Constraint", "QueueFull", "SamplingConfig", "TokenLogprobs"),
     "sharding": ("MeshConfig", "Rules", "make_mesh", "simulate_devices"),
     "train.evaluate": ("EvalConfig",),
     "train.loop": ("LoopConfig",),

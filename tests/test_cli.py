@@ -221,12 +221,15 @@ def model(tmp_path_factory):
     ("argv", "changes"),
     [
         ((), {}),
-        (("--temperature", "0"), {"temperature": 0}),
-        (("--top-k", "5", "--top-p", "1"), {"top_k": 5, "top_p": 1}),
-        (("--min-p", "0.1", "--repetition-penalty", "1"), {"min_p": 0.1, "repetition_penalty": 1}),
+        (("--temperature", "0"), {"temperature": 0.0}),
+        (("--top-k", "5", "--top-p", "1"), {"top_k": 5, "top_p": 1.0}),
+        (
+            ("--min-p", "0.1", "--repetition-penalty", "1"),
+            {"min_p": 0.1, "repetition_penalty": 1.0},
+        ),
         (
             ("--presence-penalty=-1", "--frequency-penalty", "2", "--min-tokens", "4"),
-            {"presence_penalty": -1, "frequency_penalty": 2, "min_tokens": 4},
+            {"presence_penalty": -1.0, "frequency_penalty": 2.0, "min_tokens": 4},
         ),
     ],
 )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder, KVCache
 from jaxgen.serve.cache import NOTHING, DecodeState, Slots, VocabRows
-from jaxgen.serve.sampler import Scores, Wanted, sample, score
+from jaxgen.serve.sampler import Scores, Wanted, sample
 
 
 class Chunks(NamedTuple):
@@ -161,8 +161,7 @@ def next_tokens(
 ) -> tuple[Int[Array, " B"], Scores]:
     """Returns the tokens that `hidden` calls for, and how likely they were; see `sample`."""
     logits = reshard(model.logits(hidden)[:, 0], model.rules.here()("batch", None))
-    drawn = sample(logits, lines, wanted, slots, positions, vocab, recent)
-    return drawn, score(logits, drawn, wanted)
+    return sample(logits, lines, wanted, slots, positions, vocab, recent)
 
 
 def shape(

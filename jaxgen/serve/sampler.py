@@ -6,6 +6,7 @@ for one of them does not pay for it.
 B rows, V vocab, K tokens of a burst, S slots, A alternatives.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,50 +44,11 @@ class Wanted(NamedTuple):
             logprobs=jnp.any(lines.logprobs),
         )
 
-
-def sample(
-    logits: Float[Array, "B V"],
-    lines: Slots,
-    wanted: Wanted,
-    slots: Int[Array, " B"],
-    positions: Int[Array, " B"],
-    vocab: VocabRows,
-    recent: Int[Array, "B K"],
-) -> Int[Array, " B"]:
-    """Returns one token a row; rows of temperature 0 get the likeliest.
-
-    A row's draw is a function of its own logits, seed and position: not of the other rows, nor of
-    how many tokens one program makes. Tokens as likely as the last one that top-k or top-p lets in
-    are let in too. All in fp32; the vocabulary is whole on every device.
-
-    Args:
-        logits: fp32.
-        lines: what the rows ask for.
-        wanted: the sum of it.
-        slots: of the rows, in `vocab`.
-        positions: in the sequence, of the tokens drawn here.
-        vocab: of all slots.
-        recent: tokens of the answers that `vocab.counts` has not counted; negative for none.
-
-    Source: nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
-    arXiv:2407.01082; the order of the filters is that of Hugging Face transformers.
-    """
-    logits = lax.cond(wanted.shaped, _shape, _unchanged, logits, lines, slots, vocab, recent)
-    masked = positions < lines.masked_until
-    logits = lax.cond(wanted.masked, _mask, _unchanged, logits, masked, slots, vocab.mask)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    warm = lines.temperature > 0
-
-    def draw() -> Int[Array, " B"]:
-        scaled = logits / jnp.where(warm, lines.temperature, 1.0)[:, None]
-        scaled = lax.cond(wanted.top_k, _keep_top_k, _unchanged, scaled, lines.top_k)
-        scaled = lax.cond(wanted.top_p, _keep_top_p, _unchanged, scaled, lines.top_p)
-        scaled = lax.cond(wanted.min_p, _keep_min_p, _unchanged, scaled, lines.min_p)
-        drawn, weight = _draw(scaled, lines.seeds, positions)
-        # Rounding of a sum can point at a token without any weight, once in some million draws.
-        return jnp.where(warm & (weight > 0), drawn, likeliest)
-
-    return lax.cond(wanted.warm, draw, lambda: likeliest)
+    @property
+    def kind(self) -> Int[Array, ""]:
+        """0 if all want the likeliest, 1 if some draw, 2 if some want something else."""
+        special = self.shaped | self.masked | self.logprobs
+        return jnp.where(special, 2, self.warm.astype(jnp.int32))
 
 
 class Scores(NamedTuple):
@@ -111,18 +73,64 @@ class Scores(NamedTuple):
         )
 
 
-def score(logits: Float[Array, "B V"], drawn: Int[Array, " B"], wanted: Wanted) -> Scores:
-    """Returns how likely the drawn tokens and the likeliest were, if any row asks for that."""
-    vocab = logits.shape[1]
+def sample(
+    logits: Float[Array, "B V"],
+    lines: Slots,
+    wanted: Wanted,
+    slots: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    vocab: VocabRows,
+    recent: Int[Array, "B K"],
+) -> tuple[Int[Array, " B"], Scores]:
+    """Returns one token a row, and how likely they were; rows of temperature 0 get the likeliest.
 
-    def scores() -> Scores:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        here = jnp.arange(vocab)[None, :] == drawn[:, None]
-        top, tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, vocab))
-        return Scores(jnp.sum(jnp.where(here, logprobs, 0.0), axis=-1), top, tokens)
+    A row's draw is a function of its own logits, seed and position: not of the other rows, nor of
+    how many tokens one program makes. Tokens as likely as the last one that top-k or top-p lets in
+    are let in too. All in fp32; the vocabulary is whole on every device.
 
-    spec = jax.typeof(drawn).sharding.spec
-    return lax.cond(wanted.logprobs, scores, lambda: Scores.zeros(vocab, spec, *drawn.shape))
+    Args:
+        logits: fp32.
+        lines: what the rows ask for.
+        wanted: the sum of it.
+        slots: of the rows, in `vocab`.
+        positions: in the sequence, of the tokens drawn here.
+        vocab: of all slots.
+        recent: tokens of the answers that `vocab.counts` has not counted; negative for none.
+
+    Source: nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751; min-p: Nguyen et al. 2024,
+    arXiv:2407.01082; the order of the filters is that of Hugging Face transformers.
+    """
+    vocab_size, spec = logits.shape[1], jax.typeof(positions).sharding.spec
+    unscored = functools.partial(Scores.zeros, vocab_size, spec, *positions.shape)
+
+    def greedy():
+        return _likeliest(logits), unscored()
+
+    def drawn():
+        return _draw(logits, lines, wanted, positions), unscored()
+
+    def special():
+        shaped = lax.cond(wanted.shaped, _shape, _unchanged, logits, lines, slots, vocab, recent)
+        masked = positions < lines.masked_until
+        shaped = lax.cond(wanted.masked, _mask, _unchanged, shaped, masked, slots, vocab.mask)
+        draw = functools.partial(_draw, shaped, lines, wanted, positions)
+        tokens = lax.cond(wanted.warm, draw, functools.partial(_likeliest, shaped))
+        score = functools.partial(_score, logits, tokens)
+        return tokens, lax.cond(wanted.logprobs, score, unscored)
+
+    # One branch a step for most: on GPU the host waits for the device to know which it is.
+    return lax.switch(wanted.kind, [greedy, drawn, special])
+
+
+def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _score(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Scores:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    here = jnp.arange(logits.shape[1])[None, :] == tokens[:, None]
+    top, likeliest = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
+    return Scores(jnp.sum(jnp.where(here, logprobs, 0.0), axis=-1), top, likeliest)
 
 
 def _rows_of(lines: Shaped[Array, "S n"], slots: Int[Array, " B"]) -> Shaped[Array, "B n"]:
@@ -154,7 +162,18 @@ def _mask(logits, masked: Bool[Array, " B"], slots, masks) -> Float[Array, "B V"
     return jnp.where(allowed | ~masked[:, None], logits, -jnp.inf)
 
 
-def _draw(logits, seeds, positions) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+def _draw(logits, lines: Slots, wanted: Wanted, positions) -> Int[Array, " B"]:
+    """Draws for the warm rows; the others get the likeliest."""
+    warm = lines.temperature > 0
+    scaled = logits / jnp.where(warm, lines.temperature, 1.0)[:, None]
+    filtered = wanted.top_k | wanted.top_p | wanted.min_p
+    scaled = lax.cond(filtered, _filter, _unchanged, scaled, lines, wanted)
+    drawn, weight = _draw_from(scaled, lines.seeds, positions)
+    # Rounding of a sum can point at a token without any weight, once in some million draws.
+    return jnp.where(warm & (weight > 0), drawn, _likeliest(logits))
+
+
+def _draw_from(logits, seeds, positions) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Returns a draw from the softmax of each row, and how much it weighs.
 
     One number decides the block of tokens, another the token in it: noise for every token of the
@@ -188,6 +207,12 @@ def _pick(weights: Float[Array, "B n"], uniform: Float[Array, " B"]):
 
 def _unchanged(logits, *_):
     return logits
+
+
+def _filter(logits, lines: Slots, wanted: Wanted) -> Float[Array, "B V"]:
+    logits = lax.cond(wanted.top_k, _keep_top_k, _unchanged, logits, lines.top_k)
+    logits = lax.cond(wanted.top_p, _keep_top_p, _unchanged, logits, lines.top_p)
+    return lax.cond(wanted.min_p, _keep_min_p, _unchanged, logits, lines.min_p)
 
 
 def _keep_top_k(logits, top_k):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from small_model import ONE, mesh_of
 
 from jaxgen.errors import UserError
 from jaxgen.serve.cache import Slots, VocabRows
@@ -38,6 +39,12 @@ def reference(logits, temperature, top_k, top_p):
     return probs / probs.sum()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    with jax.set_mesh(mesh_of(ONE)):
+        yield
+
+
 @jax.jit
 def draw(logits, seeds, positions, temperature, top_k, top_p):
     num, vocab = logits.shape
@@ -48,7 +55,7 @@ def draw(logits, seeds, positions, temperature, top_k, top_p):
         jnp.zeros(one), jnp.zeros(one, bool), jnp.zeros(one, int), jnp.zeros((1, 10), jnp.uint32)
     )
     slots, recent = jnp.zeros(num, int), jnp.zeros((num, 0), int)
-    return sample(logits, lines, Wanted.of(lines), slots, positions, nothing, recent)
+    return sample(logits, lines, Wanted.of(lines), slots, positions, nothing, recent)[0]
 
 
 def rows(num, logits, seeds, positions, temperature, top_k, top_p):
