@@ -30,7 +30,7 @@ from jaxgen.serve.cache import NOTHING, DecodeState, Drafts, Slots, VocabRows
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.drafts import added, drafting_cost, drafts_of, look_up
 from jaxgen.serve.programs import count, whole
-from jaxgen.serve.sampler import Scores, Wanted, sample, score
+from jaxgen.serve.sampler import Scores, Wanted, sample
 
 # Tokens that a draft model reads at a time where plain steps have left it behind.
 CATCH_UP = 16
@@ -259,8 +259,7 @@ def _verify(
     real = (~lines.done[:, None] & (place <= room[:, None])).astype(jnp.int32)
     hidden, cache = model.hidden(tokens, positions, real, KVCache(burst.layers, asks.table))
     assert cache is not None
-    drawn, logits = _draw(model, asks, burst, hidden, positions + 1)
-    scores = _split(score(logits, _flat(drawn), asks.wanted), drawn.shape)
+    drawn, scores = _draw(model, asks, burst, hidden, positions + 1)
     ends = jnp.any(drawn[:, :, None] == lines.stop_ids[:, None, :], axis=-1)
     ends |= positions + 2 >= lines.limits[:, None]
     stands = (guess == drawn[:, :-1]) & (place[:, :-1] < room[:, None]) & ~ends[:, :-1]
@@ -276,8 +275,8 @@ def _draw(
     burst: Burst,
     hidden: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-) -> tuple[Int[Array, "B T"], Float[Array, "BT V"]]:
-    """Returns the tokens that `hidden` calls for, at `positions` of their sequences, and logits."""
+) -> tuple[Int[Array, "B T"], Scores]:
+    """Returns the tokens that `hidden` calls for, at `positions`, and how likely they were."""
     shape = positions.shape
     logits = _flat(reshard(model.logits(hidden), model.rules.here()("batch", None, None)))
 
@@ -285,8 +284,8 @@ def _draw(
         return _flat(jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])))
 
     lines, slots, out = jax.tree.map(each, (burst.lines, asks.slots, burst.out))
-    drawn = sample(logits, lines, asks.wanted, slots, _flat(positions), asks.vocab, out)
-    return _split(drawn, shape), logits
+    made = sample(logits, lines, asks.wanted, slots, _flat(positions), asks.vocab, out)
+    return _split(made, shape)
 
 
 def _flat(x: Array) -> Array:
@@ -312,6 +311,7 @@ def _propose(
     spread = draft.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
     lines, drafts, room = burst.lines, burst.drafts, burst.room
+    asks = asks._replace(wanted=asks.wanted._replace(logprobs=jnp.zeros((), bool)))
     goal = jnp.where(room > 0, lines.positions, 0)
 
     def window(history, start):
