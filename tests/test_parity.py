@@ -18,11 +18,11 @@ LIMITS = {
     "steps_error": parity.STEPS_TOLERANCE,
 }
 # What `make test` has time for; the others are marked full.
-QUICK = [
-    MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
-    MeshConfig(fsdp=2, context=2, tensor=2),
-    MeshConfig(fsdp=1, pipeline=2, expert=4),
-]
+QUICK = {
+    "moe": MeshConfig(fsdp=2, context=2, tensor=2),
+    "moe all-to-all": MeshConfig(fsdp=1, pipeline=2, expert=4),
+    "dense 2 rounds": MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
+}
 
 
 def size(mesh):
@@ -36,7 +36,7 @@ def devices_of(mesh):
 def param(config):
     mesh = config.mesh
     split = (f"{axis}{size}" for axis, size in mesh.sizes.items() if size > 1)
-    marks = () if mesh in QUICK else pytest.mark.full
+    marks = () if QUICK.get(config.name) == mesh else pytest.mark.full
     return pytest.param(config, id="-".join([config.name, *split]), marks=marks)
 
 

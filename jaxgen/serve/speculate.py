@@ -284,8 +284,8 @@ def _draw(
         return _flat(jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])))
 
     lines, slots, out = jax.tree.map(each, (burst.lines, asks.slots, burst.out))
-    drawn = sample(logits, lines, asks.wanted, slots, _flat(positions), asks.vocab, out)
-    return _split(drawn, shape)
+    made = sample(logits, lines, asks.wanted, slots, _flat(positions), asks.vocab, out)
+    return _split(made, shape)
 
 
 def _flat(x: Array) -> Array:
@@ -311,6 +311,7 @@ def _propose(
     spread = draft.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
     lines, drafts, room = burst.lines, burst.drafts, burst.room
+    asks = asks._replace(wanted=asks.wanted._replace(logprobs=jnp.zeros((), bool)))
     goal = jnp.where(room > 0, lines.positions, 0)
 
     def window(history, start):

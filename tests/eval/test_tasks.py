@@ -176,6 +176,7 @@ def folder(tmp_path_factory):
     shutil.rmtree(location)
 
 
+@pytest.mark.full
 def test_the_command_gives_the_same_on_any_mesh(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jaxgen.compiler.enable_compilation_cache", lambda: None)
     rng = np.random.default_rng(0)

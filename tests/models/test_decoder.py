@@ -335,7 +335,7 @@ OFFLOADED = Remat(layer_input="offload", attention="offload", mlp_up="keep")
         (Remat(), ONE),
         pytest.param(MIXED, ONE, marks=FULL),
         pytest.param(OFFLOADED, ONE, marks=FULL),
-        (OFFLOADED, EIGHT),
+        pytest.param(OFFLOADED, EIGHT, marks=FULL),
     ],
     ids=["all_remat", "mixed", "offload", "offload_sharded"],
 )

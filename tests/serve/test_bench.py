@@ -304,6 +304,7 @@ def test_a_server_of_ours_is_measured(rate, monkeypatch):
         assert got["duration_s"] >= asks[-1].due_s
 
 
+@pytest.mark.full
 def test_the_command_starts_a_server_of_a_model(tmp_path, monkeypatch, capfd):
     write_folder = runpy.run_path(
         str(Path(__file__).parent.parent / "formats" / "small_folders.py")

@@ -65,6 +65,7 @@ def test_ten_sharded_steps_equal_those_of_one_device(model, mesh):
     assert "expert" in str(state.model.layers.mlp.gate[...].sharding.spec)
 
 
+@pytest.mark.full
 def test_a_dense_model_has_no_metrics_of_experts():
     _, dense = program(config_of()).run(1)
     _, sparse = single("mixtral").run(1)
@@ -113,6 +114,7 @@ def test_a_skipped_step_leaves_the_bias():
     assert not np.array_equal(state.model.layers.mlp.bias[...], before)
 
 
+@pytest.mark.full
 def test_accumulated_steps_route_the_same_and_balance_each_micro_batch():
     """Counts are of the whole step; the losses are the micro-batches' own, weighted by tokens."""
     one = single("mixtral")

@@ -221,7 +221,11 @@ def restored(run_dir, abstract_model, step=STEPS):
         return checkpoints.restore(abstract_model, step=step, only="model").state
 
 
-@pytest.mark.parametrize("mesh", [ONE, MeshConfig(fsdp=2, pipeline=2)], ids=["one", "stages"])
+@pytest.mark.parametrize(
+    "mesh",
+    [ONE, pytest.param(MeshConfig(fsdp=2, pipeline=2), marks=pytest.mark.full)],
+    ids=["one", "stages"],
+)
 def test_a_run_starts_where_another_ended(mesh, config, base, folder, tmp_path):
     """Its first held-out loss is the other's last, and it owns a copy of the weights in fp32."""
     pipeline = Pipeline(num_repeats=1)

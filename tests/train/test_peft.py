@@ -118,6 +118,7 @@ def test_the_merged_folder_is_the_base_and_what_the_adapter_adds(tuned, adapter,
     assert given["base_model_name_or_path"] == str(folder / "hf")
 
 
+@pytest.mark.full
 def test_a_run_of_adapters_writes_text(tuned, capsys):
     assert cli.main(["generate", str(tuned), "--prompt", "def", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("def")

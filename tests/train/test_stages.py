@@ -91,7 +91,14 @@ def of_one_device(name):
     [
         pytest.param("l", TWO, (0, 1), None, id="pipeline2", marks=pytest.mark.full),
         pytest.param("g", TWO, (4, 2), Remat(), id="pipeline2_repeats2"),
-        pytest.param("g", MeshConfig(fsdp=1, pipeline=4), (4, 2), None, id="pipeline4_repeats2"),
+        pytest.param(
+            "g",
+            MeshConfig(fsdp=1, pipeline=4),
+            (4, 2),
+            None,
+            id="pipeline4_repeats2",
+            marks=pytest.mark.full,
+        ),
         pytest.param(
             "l",
             MeshConfig(fsdp=1, pipeline=8),
@@ -103,7 +110,14 @@ def of_one_device(name):
         pytest.param(
             "g", MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2), (4, 1), Remat(), id="data_tensor"
         ),
-        pytest.param("g", MeshConfig(fsdp=2, pipeline=4), (8, 1), None, id="pipeline4_fsdp2"),
+        pytest.param(
+            "g",
+            MeshConfig(fsdp=2, pipeline=4),
+            (8, 1),
+            None,
+            id="pipeline4_fsdp2",
+            marks=pytest.mark.full,
+        ),
         pytest.param("l", MIXED, (2, 2), Remat(), id="fsdp2_pipeline2_tensor2"),
     ],
 )
@@ -218,7 +232,7 @@ def test_a_checkpoint_is_bit_equal_on_any_mesh(saved_on, restored_on, tmp_path):
         np.testing.assert_array_equal(saved.ravel(), mine.ravel())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_goes_on_from_stages_to_fsdp_and_back(tmp_path):
     """Three parts of a run, each on another mesh, end where a run on one mesh ends."""
 
