@@ -1,9 +1,9 @@
 """Who may import whom, who owns which heavy package, and what `import jaxgen` costs."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def test_data_uses_jax_only_in_the_loader():
 
 @pytest.mark.smoke
 def test_serving_decides_without_jax():
-    host = {"serve.request", "serve.blocks", "serve.scheduler"}
+    host = {"serve.request", "serve.blocks", "serve.plan", "serve.scheduler"}
     needed = {name for module, names in modules() if module in host for name in names}
     mine = {"numpy", "jaxgen.errors"} | {f"jaxgen.{module}" for module in host}
     assert {name for name in needed if name.split(".")[0] not in sys.stdlib_module_names} <= mine
@@ -144,11 +144,16 @@ def test_import_starts_nothing():
 
 @pytest.mark.smoke
 def test_the_command_answers_at_once():
-    start = time.perf_counter()
+    def spent():
+        # Of a core: what else runs beside the tests does not count.
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    start = spent()
     done = subprocess.run(
         [sys.executable, "-m", "jaxgen", "--help"], capture_output=True, text=True
     )
-    assert time.perf_counter() - start < 1
+    assert spent() - start < 1
     assert "jaxgen train CONFIG" in done.stdout
 
 

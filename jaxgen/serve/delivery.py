@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxgen.serve.plan import Row
 from jaxgen.serve.request import TokenLogprobs
 from jaxgen.serve.sampler import Scores
-from jaxgen.serve.scheduler import Row
 
 
 class Delivery(NamedTuple):

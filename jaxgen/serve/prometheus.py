@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import prometheus_client as prometheus
 from prometheus_client import metrics_core
 
-from jaxgen.serve.engine import EngineStats
+from jaxgen.serve.stats import EngineStats
 
 # When a count began is of no use to anybody here, and doubles the text.
 prometheus.disable_created_metrics()

@@ -18,8 +18,8 @@ import jax
 
 from jaxgen.models.decoder import Decoder
 from jaxgen.peaks import Peak
+from jaxgen.serve.plan import Row
 from jaxgen.serve.request import TokenLogprobs
-from jaxgen.serve.scheduler import Row
 
 # Bursts that count as recent.
 RECENT = 64

@@ -26,8 +26,8 @@ from jaxgen.serve.cache import DecodeState, Slots, empty_drafts, empty_state
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.delivery import Delivery
 from jaxgen.serve.drafts import check_draft, decode_noting, note, read_both
+from jaxgen.serve.plan import Burst, Chunk, Plan, Row
 from jaxgen.serve.programs import Chunks, decode, mask, read, shape
-from jaxgen.serve.scheduler import Burst, Chunk, Plan, Row
 from jaxgen.serve.speculate import speculate
 from jaxgen.sharding import abstract
 

@@ -12,10 +12,10 @@ from jaxgen.serve import roofline
 from jaxgen.serve.blocks import Chain
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.engine import Engine
+from jaxgen.serve.plan import Row
 from jaxgen.serve.request import Request, SamplingConfig
 from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.runner import Runner
-from jaxgen.serve.scheduler import Row
 from jaxgen.serve.weights import for_serving
 
 TABLE = CONFIG.vocab_size * CONFIG.embed_dim

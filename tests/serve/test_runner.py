@@ -10,8 +10,8 @@ from small_model import CONFIG, EIGHT, ONE, make, mesh_of
 
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
+from jaxgen.serve.plan import Burst
 from jaxgen.serve.request import Request, SamplingConfig
-from jaxgen.serve.scheduler import Burst
 
 SMALL = EngineConfig(max_num_seqs=8, prefill_chunk=16, kv_blocks=40)
 
