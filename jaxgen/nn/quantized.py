@@ -1,7 +1,7 @@
 """Weights in int8, for decoding, which reads each of them for every token.
 
-Symmetric, with one scale for each output channel, which is multiplied after the product: no weight
-is ever written out in a float.
+Symmetric, with one scale for each output channel, which is multiplied after the product: no TPU
+ever writes a weight out in a float.
 """
 
 import dataclasses

@@ -72,7 +72,7 @@ def test_a_row_is_the_same_alone_and_in_a_ragged_batch(generator, sampling):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
 def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
-    monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)
+    monkeypatch.setattr(weights, "_fits", lambda *_: whole)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, dataclasses.replace(DRAWN, seed=8)]
     expected = generator(RAGGED, samplings)
     with jax.set_mesh(mesh_of(EIGHT)):
@@ -135,7 +135,7 @@ EXPERTS = {
 def test_experts_give_the_tokens_of_one_device(mesh, monkeypatch):
     """One token a row travels to its experts too, by either way."""
     config, dispatch, whole = EXPERTS[mesh]
-    monkeypatch.setattr(weights, "_fits", lambda model, dtype: whole)
+    monkeypatch.setattr(weights, "_fits", lambda *_: whole)
     moe = MoEConfig(num_experts=4, num_experts_per_tok=2, shared_mlp_dim=16, router="sigmoid")
     experts = dataclasses.replace(CONFIG, moe=moe)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]

@@ -116,18 +116,16 @@ def test_a_converted_weight_would_be_found(describe):
 
 
 def test_the_kernel_of_v5p_takes_experts_as_they_are(describe):
-    """Alone, for libtpu 0.0.52 cannot print the whole program."""
+    """By its memory, for libtpu 0.0.52 cannot print this program; VMEM has no room for them."""
     mesh = make_mesh(MeshConfig(), devices=describe("v5p:2x2x1")[:1])
 
     def like(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
 
-    shape = (8, 2048, 4096)
-    w = Quantized(like(shape, jnp.int8), like((8, 1, 4096), jnp.float32))
+    w = Quantized(like((8, 4096, 4096), jnp.int8), like((8, 1, 4096), jnp.float32))
     with jax.set_mesh(mesh):
         product = jax.jit(jax.shard_map(ragged_dot, in_specs=P(), out_specs=P()))
-        lowered = product.lower(like((16, 2048), jnp.bfloat16), w, like((8,), jnp.int32))
-    text = lowered.compile().as_text()
-    assert re.search(r'custom_call_target="tpu_custom_call".*ragged-dot-none', text)
-    found, _ = buffers(text, [shape])
-    assert {dtype for dtype, _ in found} == {"s8"}
+        lowered = product.lower(like((16, 4096), jnp.bfloat16), w, like((8,), jnp.int32))
+    memory = lowered.compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 1.1 * w.values.size
+    assert memory.temp_size_in_bytes < w.values.size / 100
