@@ -56,7 +56,13 @@ def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "
     compute = dataclasses.replace(model.compute, dtype=dtype)
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
     shape = jax.eval_shape(lambda: make(key=jax.random.key(0)).unstacked())
-    convert = functools.partial(converted, dtype=dtype, weights=weights, rules=rules)
+
+    def convert(param: nnx.Param, layer: int | None = None) -> nnx.Param:
+        # CPU devices with few threads wait for each other for ever where several gathers are begun.
+        return jax.block_until_ready(
+            converted(param, layer, dtype=dtype, weights=weights, rules=rules)
+        )
+
     graph = jax.tree.map(lambda leaf: leaf, model)
     stacks, structure = jax.tree.flatten(graph.layers, is_leaf=_is_param)
     graph.layers = nnx.List([])

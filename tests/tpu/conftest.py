@@ -2,7 +2,9 @@
 
 import os
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,14 @@ def describe():
         return topologies.get_topology_desc(name, "tpu", **several).devices
 
     return devices
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _cache_nothing():
+    """Programs of described devices can be written to the cache, and not be read from it."""
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", directory)

@@ -19,6 +19,7 @@ from jaxgen.nn.moe import ragged_dot
 from jaxgen.nn.quantized import Quantized
 from jaxgen.plan.hlo import Program
 from jaxgen.serve.cache import empty_state
+from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.programs import decode
 from jaxgen.serve.weights import for_serving
 from jaxgen.sharding import MeshConfig, abstract, make_mesh
@@ -29,16 +30,6 @@ pytestmark = pytest.mark.tpu_compile
 DENSE = dataclasses.replace(LLAMA_3_1_8B, num_layers=2, vocab_size=32_000, max_seq_len=1024)
 EXPERTS = dataclasses.replace(MIXTRAL_8X7B, num_layers=1, max_seq_len=1024)
 ROWS, PAGE = 8, 16
-
-
-@pytest.fixture(autouse=True)
-def _cache_nothing():
-    """Programs of described devices can be written to the cache, and not be read from it."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.values[name]
-    jax.config.update(name, 1e9)
-    yield
-    jax.config.update(name, before)
 
 
 def compile_decode(config, mesh, weights):
@@ -53,7 +44,9 @@ def compile_decode(config, mesh, weights):
         model = abstract(serving, mesh)
         width = config.max_seq_len // PAGE
         state = abstract(
-            lambda: empty_state(jax.tree.map(lambda x: x, model), ROWS, ROWS * width + 1, PAGE),
+            lambda: empty_state(
+                jax.tree.map(lambda x: x, model), ROWS, ROWS * width + 1, EngineConfig()
+            ),
             mesh,
         )
         host = (np.zeros((ROWS, width), np.int32), np.zeros(ROWS, np.int32), np.int32(0))
