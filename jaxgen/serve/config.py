@@ -47,8 +47,7 @@ class EngineConfig:
             raise UserError(f"speculation={self.speculation!r}; use one of {ways}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            number = isinstance(value, int) and not isinstance(value, bool)
-            if number and value < 1:
+            if isinstance(value, int) and value < 1 and field.name != "prefix_cache":
                 raise UserError(f"{field.name}={value}; use at least 1")
         if self.prefill_chunk < 16 or self.prefill_chunk & (self.prefill_chunk - 1):
             raise UserError(f"prefill_chunk={self.prefill_chunk}; use a power of two from 16 on")
