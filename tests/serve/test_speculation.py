@@ -168,7 +168,13 @@ def test_nothing_is_compiled_after_the_start_and_drafts_are_counted():
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
     with jax.set_mesh(mesh_of(ONE)), Engine(make(MODEL), config=config) as engine:
-        kinds = sorted(key for key in engine._core.runner._programs if key[0] != "mask")
+        runner = engine._core.runner
+        # Both loops of a burst work on the pages where they are.
+        text = runner._programs["speculate", 2].as_text()
+        pages = f"f32[{','.join(map(str, runner.state.layers[0].k.shape))}]"
+        assert pages in text
+        assert not [line for line in text.splitlines() if pages in line and " copy(" in line]
+        kinds = sorted(key for key in runner._programs if key[0] != "mask")
         reads = [("read", 16), ("read", 32), ("read", 64)]
         rows = [("decode", 4), ("speculate", 1), ("speculate", 2)]
         assert kinds == sorted([*reads, *rows, ("shape", 1), ("note", MODEL.max_seq_len)])
