@@ -271,6 +271,7 @@ def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
     assert capsys.readouterr().out == drawn
     assert main([*argv, "--draft", "nowhere"]) == 2
     assert "nowhere is no model" in capsys.readouterr().err
+    monkeypatch.setattr("jaxgen.serve.server.serve", lambda name, start, **_: start())
     argv = ["serve", model, "--port", "0", "--draft", model, "--engine.speculation", "off"]
     assert main(argv) == 2
     assert "speculation='off' and a draft model; use 'draft'" in capsys.readouterr().err
