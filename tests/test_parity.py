@@ -75,7 +75,7 @@ def test_every_axis_is_alone_at_each_size_and_meets_every_other_one():
     assert len([axes for axes in split if len(axes) > 1]) >= 16
     for pair in itertools.combinations(AXES, 2):
         assert any(set(pair) <= axes for axes in split), pair
-    assert set(QUICK) <= set(meshes(8))
+    assert set(QUICK.values()) <= set(meshes(8))
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 6, 8, 16, 24])
@@ -113,7 +113,7 @@ def test_a_small_fault_of_a_mesh_is_found(shown, monkeypatch):
     changes, untouched = FAULTS[shown]
     run = parity.run
 
-    def faulty(config, mesh, num_steps, step):
+    def faulty(config, mesh, num_steps, step=None):
         if mesh.size > 1:
             for part, fields in changes.items():
                 changed = dataclasses.replace(getattr(config, part), **fields)

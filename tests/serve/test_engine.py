@@ -248,7 +248,7 @@ def test_a_closed_engine_has_cancelled_all():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_num_seqs", 0), ("kv_blocks", -1), ("prefill_chunk", 24), ("weights", "int4")],
+    [("max_num_seqs", 0), ("kv_blocks", -1), ("prefill_chunk", 24)],
 )
 def test_a_config_that_cannot_work_is_named(field, value):
     with pytest.raises(UserError, match=rf"{field}={value!r}; use"):

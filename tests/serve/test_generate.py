@@ -90,7 +90,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(n, marks=[pytest.mark.full] * (n in "24")) for n in CONTEXTS]
+    "mesh", [pytest.param(n, marks=[pytest.mark.full] * (n != "product")) for n in CONTEXTS]
 )
 def test_tokens_split_over_context_give_the_tokens_of_one_device(generator, mesh):
     """Rows of up to 120 tokens in 2 pages, of which a device has 32 tokens or fewer."""

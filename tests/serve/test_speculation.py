@@ -98,7 +98,7 @@ VARIANTS = {
     "data_and_tensor": (DRAFT, (MeshConfig(data=2, tensor=2), 4), 0.05),
     "lookup_split": (LOOK_UP, (MeshConfig(fsdp=2, tensor=2), 4), None),
 }
-FULL = ("lookup_split",)
+FULL = ("lookup_split", "data_and_tensor")
 
 
 @pytest.mark.parametrize(
