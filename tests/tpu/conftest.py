@@ -24,7 +24,7 @@ def describe():
     return devices
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def _cache_nothing():
     """Programs of described devices can be written to the cache, and not be read from it."""
     directory = jax.config.values["jax_compilation_cache_dir"]
