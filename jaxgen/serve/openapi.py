@@ -119,7 +119,8 @@ def document(served: Served, *, keys: bool) -> dict[str, Any]:
     for path, make in BODIES.items():
         content = said(_ANSWERS[path])
         if path.startswith("/v1/"):
-            content |= said(TEXT, "text/event-stream")
+            # A schema here is of the whole stream to some, and of each event to others.
+            content["text/event-stream"] = {}
         paths[path] = {
             "post": {
                 "operationId": path.strip("/").replace("/", "_"),

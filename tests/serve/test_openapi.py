@@ -9,7 +9,6 @@ import schemathesis
 from hypothesis import HealthCheck, Phase
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serving import running
 
 SETTINGS = hypothesis.settings(
     max_examples=15,
@@ -19,12 +18,6 @@ SETTINGS = hypothesis.settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as found:
-        yield found
 
 
 # What no schema can say.
@@ -78,3 +71,12 @@ def test_every_operation_answers_as_published(server, mode):
         assert (200 in codes) is (mode is GenerationMode.POSITIVE)
     if mode is GenerationMode.POSITIVE:
         assert len(seen) == 9
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_answers_as_published(server, path):
+    operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    body = {"stream": True, **(chat if "chat" in path else {"prompt": "hello"})}
+    answer = operation.Case(body=body, media_type="application/json").call_and_validate()
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
