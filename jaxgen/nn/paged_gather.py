@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from jaxgen.nn.attention import HIDDEN
+from jaxgen.nn.quantized import rounded
 
 # Keys and values are read from pages this many tokens at a time, as far as the longest row goes.
 KEYS_AT_ONCE = 128
@@ -54,9 +55,7 @@ def _cells(x: jax.Array, kept: jnp.dtype) -> jax.Array:
     """Returns [..., H] as it lies in a line of `kept`."""
     if kept != jnp.int8:
         return x.astype(kept)
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-    whole = jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
+    whole, scale = rounded(x, -1)
     return jnp.concatenate([whole, lax.bitcast_convert_type(scale, jnp.int8)[..., 0, :]], axis=-1)
 
 

@@ -74,10 +74,15 @@ def specs(weight: Any, spec: Callable[..., P], axes: Axes) -> Any:
 
 def quantize(weight: Float[Array, "..."], axes: Axes) -> Quantized:
     """Returns a weight in int8, split as it was; each is off by half a scale at most."""
-    weight = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(weight), axis=contracted(axes), keepdims=True)
+    return Quantized(*rounded(weight, contracted(axes)))
+
+
+def rounded(x: jax.Array, axis: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns int8 values, and the fp32 scale of all along `axis`, of size 1 there."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
     scale = jnp.where(largest > 0, largest, 1) / LARGEST
-    return Quantized(jnp.round(weight / scale).astype(jnp.int8), scale)
+    return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 def multiply(

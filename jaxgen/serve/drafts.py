@@ -6,11 +6,10 @@ B rows, S slots, L longest sequence, P pages of a row.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import reshard
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.errors import UserError
-from jaxgen.models.decoder import Decoder, KVCache
+from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device
 from jaxgen.serve.cache import NOTHING, DecodeState, Drafts
 from jaxgen.serve.config import EngineConfig
@@ -89,16 +88,8 @@ def read_both(
         known=drafts.known.at[chunks.slots].set(ends),
     )
     if draft is not None:
-        grid = model.rules.here()("batch", None)
-        place = jnp.arange(chunks.tokens.shape[1])[None, :]
-        positions = chunks.starts[:, None] + place
-        real = (place < chunks.sizes[:, None]).astype(jnp.int32)
-        tokens, positions, real, table = (
-            reshard(x, grid) for x in (chunks.tokens, positions, real, chunks.table)
-        )
-        _, cache = draft.hidden(tokens, positions, real, KVCache(drafts.layers, table))
-        assert cache is not None
-        drafts = drafts._replace(layers=cache.layers)
+        _, layers = chunks.read_by(draft, drafts.layers)
+        drafts = drafts._replace(layers=layers)
     return state._replace(drafts=drafts), drawn, scores
 
 

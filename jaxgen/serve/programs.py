@@ -15,6 +15,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxgen.models.decoder import Decoder, KVCache
+from jaxgen.nn.paged import LayerPages
 from jaxgen.serve.cache import NOTHING, DecodeState, Slots, VocabRows
 from jaxgen.serve.sampler import Scores, Wanted, sample
 
@@ -36,6 +37,20 @@ class Chunks(NamedTuple):
     asked: Slots
     """What the requests ask for, B lines; `tokens`, `positions` and `done` are not read."""
 
+    def read_by(
+        self, model: Decoder, layers: list[LayerPages]
+    ) -> tuple[Float[Array, "B C D"], list[LayerPages]]:
+        """Returns what a model makes of the tokens, and its cache with them written into it."""
+        grid = model.rules.here()("batch", None)
+        place = jnp.arange(self.tokens.shape[1])[None, :]
+        real = (place < self.sizes[:, None]).astype(jnp.int32)
+        tokens, positions, real, table = (
+            reshard(x, grid) for x in (self.tokens, self.starts[:, None] + place, real, self.table)
+        )
+        hidden, cache = model.hidden(tokens, positions, real, KVCache(layers, table))
+        assert cache is not None
+        return hidden, cache.layers
+
 
 def read(
     model: Decoder, state: DecodeState, chunks: Chunks
@@ -45,15 +60,10 @@ def read(
     Returns:
         The state, the tokens that follow the chunks, and how likely they were.
     """
-    size = chunks.tokens.shape[1]
-    place = jnp.arange(size)[None, :]
     spread = model.rules.here()
     rows, grid = spread("batch"), spread("batch", None)
-    tokens, table = reshard(chunks.tokens, grid), reshard(chunks.table, grid)
-    positions = reshard(chunks.starts[:, None] + place, grid)
-    real = reshard((place < chunks.sizes[:, None]).astype(jnp.int32), grid)
-    hidden, cache = model.hidden(tokens, positions, real, KVCache(state.layers, table))
-    assert cache is not None
+    hidden, layers = chunks.read_by(model, state.layers)
+    place = jnp.arange(chunks.tokens.shape[1])[None, :]
     is_last = reshard(place == chunks.sizes[:, None] - 1, grid)
     hidden = jnp.sum(jnp.where(is_last[:, :, None], hidden, 0), axis=1, keepdims=True)
     ends = chunks.starts + chunks.sizes
@@ -69,7 +79,7 @@ def read(
     lines = chunks.asked._replace(tokens=drawn, positions=ends, done=done)
     slots = jax.tree.map(lambda old, new: old.at[chunks.slots].set(new), state.slots, lines)
     vocab = count(state.vocab, chunks.slots, drawn[:, None], chunks.asked.shaped)
-    state = state._replace(slots=slots, layers=cache.layers, vocab=vocab)
+    state = state._replace(slots=slots, layers=layers, vocab=vocab)
     return state, drawn, whole(scores, wanted)
 
 

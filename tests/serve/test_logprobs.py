@@ -2,10 +2,8 @@
 
 import itertools
 
-import openai
 import pytest
 from echo_engine import EOS
-from serving import running
 
 from jaxgen.data.spelling import Spelling
 from jaxgen.data.tokenizer import Tokenizer
@@ -13,15 +11,6 @@ from jaxgen.serve.logprobs import PlacedTokens
 from jaxgen.serve.request import TokenLogprobs
 
 GREEDY = {"model": "echo", "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def client():
-    with (
-        running() as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found,
-    ):
-        yield found
 
 
 def complete(client, prompt, **more):

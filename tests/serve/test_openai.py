@@ -24,18 +24,6 @@ from jaxgen.serve.request import SamplingConfig
 GREEDY = {"model": "echo", "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
 @pytest.mark.smoke
 def test_openais_client_completes(client):
     made = client.completions.create(prompt="hello world", **GREEDY)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
-import openai
 import pytest
 from echo_engine import served
 from serving import running
@@ -88,12 +87,6 @@ def server(both):
 @pytest.fixture(scope="module")
 def full(both):
     return both[1]
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
 
 
 PROMPT = [*b"Once upon a time"]

@@ -4,7 +4,6 @@ import json
 
 import openai
 import pytest
-from serving import running
 
 GREEDY = {"model": "echo", "temperature": 0}
 PARAMETERS = {
@@ -23,18 +22,6 @@ TOOLS = [tool("weather"), tool("time")]
 # The engine repeats it.
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 CALLS = f"{CALL}\n{CALL.replace('weather', 'time')}"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
 
 
 def ask(client, content, **more):

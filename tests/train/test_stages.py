@@ -47,6 +47,9 @@ from jaxgen.train.program import (
 
 MODELS = {name: dataclasses.replace(m, num_layers=8) for name, m in [("l", LLAMA), ("g", GEMMA)]}
 TWO = MeshConfig(fsdp=1, pipeline=2)
+FOUR, EIGHT = MeshConfig(fsdp=1, pipeline=4), MeshConfig(fsdp=1, pipeline=8)
+BOTH = MeshConfig(fsdp=2, pipeline=4)
+FULL = pytest.mark.full
 MIXED = MeshConfig(fsdp=2, pipeline=2, tensor=2)
 
 
@@ -89,35 +92,14 @@ def of_one_device(name):
 @pytest.mark.parametrize(
     ("name", "mesh", "pipeline", "remat"),
     [
-        pytest.param("l", TWO, (0, 1), None, id="pipeline2", marks=pytest.mark.full),
+        pytest.param("l", TWO, (0, 1), None, id="pipeline2", marks=FULL),
         pytest.param("g", TWO, (4, 2), Remat(), id="pipeline2_repeats2"),
-        pytest.param(
-            "g",
-            MeshConfig(fsdp=1, pipeline=4),
-            (4, 2),
-            None,
-            id="pipeline4_repeats2",
-            marks=pytest.mark.full,
-        ),
-        pytest.param(
-            "l",
-            MeshConfig(fsdp=1, pipeline=8),
-            (8, 1),
-            Remat(),
-            id="pipeline8",
-            marks=pytest.mark.full,
-        ),
+        pytest.param("g", FOUR, (4, 2), None, id="pipeline4_repeats2", marks=FULL),
+        pytest.param("l", EIGHT, (8, 1), Remat(), id="pipeline8", marks=FULL),
         pytest.param(
             "g", MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2), (4, 1), Remat(), id="data_tensor"
         ),
-        pytest.param(
-            "g",
-            MeshConfig(fsdp=2, pipeline=4),
-            (8, 1),
-            None,
-            id="pipeline4_fsdp2",
-            marks=pytest.mark.full,
-        ),
+        pytest.param("g", BOTH, (8, 1), None, id="pipeline4_fsdp2", marks=FULL),
         pytest.param("l", MIXED, (2, 2), Remat(), id="fsdp2_pipeline2_tensor2"),
     ],
 )
