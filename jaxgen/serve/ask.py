@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgen.data import chat
+from jaxgen.data.spelling import Spelling
 from jaxgen.errors import UserError
 from jaxgen.serve import schema
 from jaxgen.serve.body import Refused, check, parse
@@ -41,6 +42,8 @@ class Ask:
     """What holds each answer to a grammar."""
     tools: Sequence[Mapping[str, Any]]
     """What the model may call."""
+    spelling: Spelling | None
+    """How single tokens are shown; None if no log-probabilities are asked for."""
     shown: Mapping[int, str]
     """Special tokens that the text of an answer has to show, by name."""
     prompt_tokens: int
@@ -195,12 +198,22 @@ def _ask(
         ignore_eos=ignore_eos,
         constraints=[constraint and constraint.fresh() for _ in range(len(prompts) * count)],
         tools=tools,
+        spelling=_spelling(served, given),
         shown=served.tool_format.special if tools else {},
         prompt_tokens=sum(map(len, prompts)),
         count=count,
         stream=stream,
         include_usage=given.get("stream_options", {}).get("include_usage") or False,
     )
+
+
+def _spelling(served: Served, given: Mapping[str, Any]) -> Spelling | None:
+    if given.get("logprobs") is None:
+        return None
+    try:
+        return served.spelling
+    except UserError as error:
+        raise Refused(str(error), "logprobs") from None
 
 
 def _sampling(served: Served, given: Mapping[str, Any], max_tokens: int) -> SamplingConfig:
@@ -212,11 +225,6 @@ def _sampling(served: Served, given: Mapping[str, Any], max_tokens: int) -> Samp
         raise Refused(
             f"logit_bias has token {wrong[0]}: expected 0 to {served.vocab_size - 1}", "logit_bias"
         )
-    if given.get("logprobs") is not None:
-        try:
-            served.spelling  # noqa: B018
-        except UserError as error:
-            raise Refused(str(error), "logprobs") from None
     return dataclasses.replace(
         d,
         temperature=float(given.get("temperature", d.temperature)),

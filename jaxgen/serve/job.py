@@ -52,9 +52,8 @@ class Job:
         self._came: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._answers: list[Answer] = []
         self._open = set(range(len(ask.prompts)))
-        self._spelling = served.spelling if ask.samplings[0].logprobs is not None else None
         self._choices = [
-            Choice(self._spelling, served.tool_format.parser(ask.tools) if ask.tools else None)
+            Choice(ask.spelling, served.tool_format.parser(ask.tools) if ask.tools else None)
             for _ in ask.prompts
         ]
         kind = "chat.completion" if chat else "text_completion"
@@ -178,9 +177,9 @@ class Job:
             self._loop.call_soon_threadsafe(self._came.put_nowait, (at, piece))
 
     def _logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any] | None:
-        if self._spelling is None:
+        if self.ask.spelling is None:
             return None
-        return (chat_logprobs if self._chat else completion_logprobs)(self._spelling, tokens)
+        return (chat_logprobs if self._chat else completion_logprobs)(self.ask.spelling, tokens)
 
     def _usage(self) -> dict[str, Any]:
         prompt, made = self.ask.prompt_tokens, sum(choice.count for choice in self._choices)
