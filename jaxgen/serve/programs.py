@@ -146,14 +146,7 @@ def decode(
     carry = (jnp.zeros((), jnp.int32), lines, state.layers, out, scores)
     _, lines, layers, out, scores = lax.while_loop(more, one, carry)
 
-    def back(old, new):
-        return old.at[slots].set(reshard(new, spread(None)))
-
-    kept = state.slots._replace(
-        tokens=back(state.slots.tokens, lines.tokens),
-        positions=back(state.slots.positions, lines.positions),
-        done=back(state.slots.done, lines.done),
-    )
+    kept = put_back(state.slots, slots, lines)
     out = reshard(out, spread(None, None))
     vocab = count(state.vocab, slots, out, asked.shaped)
     return state._replace(slots=kept, layers=layers, vocab=vocab), out, whole(scores, wanted)
@@ -191,6 +184,16 @@ def shape(
 def mask(vocab: VocabRows, slots: Int[Array, " B"], masks: UInt32[Array, "B W"]) -> VocabRows:
     """Writes what can be drawn next in some slots."""
     return vocab._replace(mask=vocab.mask.at[slots].set(masks))
+
+
+def put_back(all_slots: Slots, slots: Int[Array, " B"], lines: Slots) -> Slots:
+    """Returns all slots, in some of which what decoding changes is as in their lines."""
+
+    def back(name: str) -> Array:
+        new = reshard(getattr(lines, name), jax.P(None))
+        return getattr(all_slots, name).at[slots].set(new)
+
+    return all_slots._replace(**{name: back(name) for name in ("tokens", "positions", "done")})
 
 
 def count(

@@ -29,7 +29,7 @@ from jaxgen.nn.paged import LayerPages
 from jaxgen.serve.cache import NOTHING, DecodeState, Drafts, Slots, VocabRows
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.drafts import added, drafting_cost, drafts_of, look_up
-from jaxgen.serve.programs import count, whole
+from jaxgen.serve.programs import count, put_back, whole
 from jaxgen.serve.sampler import Scores, Wanted, sample
 
 # Tokens that a draft model reads at a time where plain steps have left it behind.
@@ -228,11 +228,7 @@ def speculate(
     def back(old, new):
         return old.at[slots].set(reshard(new, spread(*[None] * new.ndim)))
 
-    kept = state.slots._replace(
-        tokens=back(state.slots.tokens, end.lines.tokens),
-        positions=back(state.slots.positions, end.lines.positions),
-        done=back(state.slots.done, end.lines.done),
-    )
+    kept = put_back(state.slots, slots, end.lines)
     drafts = end.drafts._replace(
         history=back(before.history, end.drafts.history),
         gain=back(before.gain, end.drafts.gain),
