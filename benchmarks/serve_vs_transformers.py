@@ -2,9 +2,10 @@
 
     pip install -e '.[parity]' && python benchmarks/serve_vs_transformers.py FOLDER
 
-FOLDER is a Hugging Face model folder, such as SmolLM2-135M's. fp32, greedy, one CPU device, as many
-threads for both. Each side runs in a process of its own; they take turns at every task, so that a
-noisy machine is noisy for both, and a ratio is of one turn's two times. Prints medians.
+FOLDER is a Hugging Face model folder, such as SmolLM2-135M's. Greedy, one device for both: a CPU
+in fp32, with as many threads, or with `--device gpu` a GPU in bf16. Each side runs in a process of
+its own; they take turns at every task, so that a noisy machine is noisy for both, and a ratio is of
+one turn's two times. Prints medians.
 
 - `one`: 64 tokens after a prompt of 32.
 - `sixteen`: 16 requests at once, prompts of 8 to 128 tokens and answers of 32 to 96. transformers
@@ -24,6 +25,7 @@ import time
 import numpy as np
 
 TASKS = {"one": 64, "sixteen": 996, "first token": 1, "first token again": 1}
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 PROMPTS, ANSWERS = [8 + 8 * i for i in range(16)], [96 - (i * 37) % 65 for i in range(16)]
 
 
@@ -43,7 +45,7 @@ def jaxgen_side(folder: str):
 
     import jaxgen
 
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[DEVICE])
     jaxgen.enable_compilation_cache()
     found = jaxgen.open_model(folder)
     mesh = jaxgen.make_mesh(jaxgen.MeshConfig())
@@ -64,7 +66,8 @@ def transformers_side(folder: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    device, dtype = {"cpu": ("cpu", torch.float32), "gpu": ("cuda", torch.bfloat16)}[DEVICE]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None
 
     def run(asked):
@@ -77,8 +80,12 @@ def transformers_side(folder: str):
         count = max(answer for _, answer in asked)
         with torch.inference_mode():
             out = model.generate(
-                tokens, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0
-            )
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            ).cpu()
         assert out.shape[1] == longest + count
 
     return run, model.config.vocab_size
@@ -103,7 +110,7 @@ def serve(side: str, folder: str) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def start(side: str, folder: str, threads: int) -> subprocess.Popen:
+def start(side: str, folder: str, device: str) -> subprocess.Popen:
     """Returns a process that is ready."""
     process = subprocess.Popen(
         [sys.executable, __file__, folder, "--side", side],
@@ -112,7 +119,10 @@ def start(side: str, folder: str, threads: int) -> subprocess.Popen:
         text=True,
         env={
             **os.environ,
-            "OMP_NUM_THREADS": str(threads),
+            "BENCH_DEVICE": device,
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            # Both are on one GPU at once.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             # Huge pages for both: the jaxgen command switches them on by itself.
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         },
@@ -125,14 +135,14 @@ def start(side: str, folder: str, threads: int) -> subprocess.Popen:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a Hugging Face model folder")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--turns", type=int, default=7, help="of each side at each task")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         return serve(args.side, args.folder)
-    threads = len(os.sched_getaffinity(0))
-    processes = {side: start(side, args.folder, threads) for side in SIDES}
+    processes = {side: start(side, args.folder, args.device) for side in SIDES}
     seconds = {task: {side: [] for side in SIDES} for task in TASKS}
     for turn in range(1, args.turns + 1):
         for task in TASKS:

@@ -3,6 +3,7 @@
 B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -95,11 +96,10 @@ def attend(
     if shards > 1 and not in_order:
         raise ValueError("attention over a split sequence needs in_order")
     device = mesh_device()
-    packed = q_segments is not None
     refusals = {
         "splash": lambda: flash.splash_refuses(device, q, in_order=in_order, seq_shards=shards),
         "cudnn": lambda: flash.cudnn_refuses(
-            device, q, in_order=in_order, packed=packed, soft_cap=soft_cap, seq_shards=shards
+            device, q, in_order=in_order, soft_cap=soft_cap, seq_shards=shards
         ),
     }
     if backend == "auto":
@@ -125,36 +125,20 @@ def attend(
         return flash.splash(
             q, k, v, q_segments, window=window, soft_cap=soft_cap, scale=scale, device=device
         )
-    if backend == "cudnn":
-        return flash.cudnn(q, k, v, window=window, scale=scale)
-
-    def whole(queries: slice, keys: slice) -> jax.Array:
-        def part(x, rows):
-            return None if x is None else x[:, rows]
-
-        return _xla_chunked(
-            q[:, queries],
-            k[:, keys],
-            v[:, keys],
-            part(q_positions, queries),
-            part(kv_positions, keys),
-            part(q_segments, queries),
-            part(kv_segments, keys),
-            window,
-            soft_cap,
-            scale,
-        )
-
-    num_queries = q.shape[1]
-    if not in_order:
-        return whole(slice(None), slice(None))
-    block = max(-(-num_queries // QUERY_BLOCKS), SMALLEST_BLOCK)
-    outs = []
-    for start in range(0, num_queries, block):
-        first = 0 if window is None else max(0, start - window + 1)
-        stop = min(start + block, num_queries)
-        outs.append(whole(slice(start, stop), slice(first, stop)))
-    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+    positions, segments = (q_positions, kv_positions), (q_segments, kv_segments)
+    plain = functools.partial(_plain, in_order=in_order, static=(window, soft_cap, scale))
+    if backend == "xla":
+        return plain(q, k, v, positions, segments)
+    fused = functools.partial(flash.cudnn, window=window, scale=scale)
+    if q_segments is None:
+        return fused(q, k, v, None)
+    # A gradient's backward pass computes the rare case again, so that no memory is kept for it.
+    return lax.cond(
+        flash.few_documents(q_segments),
+        lambda q, k, v, segments, _: fused(q, k, v, segments[0]),
+        jax.checkpoint(lambda q, k, v, segments, positions: plain(q, k, v, positions, segments)),
+        *(q, k, v, segments, positions),
+    )
 
 
 def mesh_device() -> jax.sharding.AbstractDevice:
@@ -200,6 +184,38 @@ def heads_like(q: jax.Array, kv: jax.Array) -> jax.Array:
     served = math.gcd(group, q.shape[2] // num_shards(spec[2]))
     heads = jnp.arange(0, q.shape[2], served) // group
     return kv.at[:, :, heads].get(out_sharding=spec)
+
+
+def _plain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: tuple[jax.Array, jax.Array],
+    segments: tuple[jax.Array | None, jax.Array | None],
+    *,
+    in_order: bool,
+    static: tuple[int | None, float | None, float],
+) -> jax.Array:
+    """`attend` without a kernel, of what queries and keys have each; of rows in order, in blocks."""
+
+    def whole(queries: slice, keys: slice) -> jax.Array:
+        spans = [
+            None if x is None else x[:, rows]
+            for pair in (positions, segments)
+            for x, rows in zip(pair, (queries, keys), strict=True)
+        ]
+        return _xla_chunked(q[:, queries], k[:, keys], v[:, keys], *spans, *static)
+
+    num_queries, window = q.shape[1], static[0]
+    if not in_order:
+        return whole(slice(None), slice(None))
+    block = max(-(-num_queries // QUERY_BLOCKS), SMALLEST_BLOCK)
+    outs = []
+    for start in range(0, num_queries, block):
+        first = 0 if window is None else max(0, start - window + 1)
+        stop = min(start + block, num_queries)
+        outs.append(whole(slice(start, stop), slice(first, stop)))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
 def _xla_chunked(q, k, v, q_positions, kv_positions, q_segments, kv_segments, *static):

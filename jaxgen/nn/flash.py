@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.pipeline import shard_map
 
 LANES = 128
+# Of a row, that cuDNN keeps apart: it starts its programs for so many of every row.
+MOST_DOCUMENTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,6 @@ def cudnn_refuses(
     q: jax.Array,
     *,
     in_order: bool,
-    packed: bool,
     soft_cap: float | None,
     seq_shards: int = 1,
 ) -> str | None:
@@ -151,9 +152,6 @@ def cudnn_refuses(
         return "needs rows in order, with queries and keys of the same tokens"
     if seq_shards > 1:
         return "does not attend over a split sequence"
-    # As a mask, segments would become a [B, N, T, T] bias with a gradient of its own.
-    if packed:
-        return "cannot keep packed documents apart"
     if soft_cap is not None:
         return f"has no soft cap ({soft_cap=})"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -170,28 +168,60 @@ def cudnn(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
     *,
     window: int | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Attends with cuDNN's fused kernel, causal by place in the row, one document a row.
+    """Attends with cuDNN's fused kernel, causal by place in the document, or row.
 
-    Source: `jax.nn.dot_product_attention`.
+    Documents beyond the first MOST_DOCUMENTS of a row get nothing sensible: see `few_documents`.
     """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn_calls  # Public: without packing.
+
     from jaxgen.nn.attention import head_spec
 
-    def local(q_BTNH, k_BTKH, v_BTKH):
-        return jax.nn.dot_product_attention(
+    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
+        options, mask = {}, cudnn_calls.MaskType.CAUSAL
+        if segments_BT is not None:
+            lengths_BM, starts_BM = _spans(segments_BT)
+            mask = cudnn_calls.MaskType.PADDING_CAUSAL
+            options |= {"q_seqlen": lengths_BM, "kv_seqlen": lengths_BM}
+            options |= {"q_offsets": starts_BM, "kv_offsets": starts_BM}
+        return cudnn_calls.dot_product_attention(
             q_BTNH,
             k_BTKH,
             v_BTKH,
             scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
+            mask_type=mask,
+            sliding_window_length=window,
+            **options,
         )
 
-    return on_each_device(local, head_spec(q), q, k, v)
+    rows = () if segments is None else (segments,)
+    return on_each_device(local, head_spec(q), q, k, v, *rows)
+
+
+def few_documents(segments: Int[Array, "B T"]) -> Bool[Array, ""]:
+    """Returns whether no row has more documents, its padding counted as one, than `cudnn` takes."""
+    return jnp.max(_documents(segments)) < MOST_DOCUMENTS
+
+
+def _documents(segments_BT: jax.Array) -> jax.Array:
+    """Returns the number of each token's document in its row, from 0."""
+    begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return jnp.pad(jnp.cumsum(begins_BT, axis=1), ((0, 0), (1, 0)))
+
+
+def _spans(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the lengths of rows' documents [B, M] and their starts [B, M + 1]; -1 for none."""
+    number = jnp.arange(MOST_DOCUMENTS)
+    which_BTM = _documents(segments_BT)[:, :, None] == number[None, None, :]
+    length_BM = jnp.sum(which_BTM, axis=1, dtype=jnp.int32)
+    start_BM = jnp.cumsum(length_BM, axis=1) - length_BM
+    there_BM = length_BM > 0
+    starts_BM = jnp.pad(jnp.where(there_BM, start_BM, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(there_BM, length_BM, -1), starts_BM
 
 
 def _tile(seq_len: int, most: int) -> int:

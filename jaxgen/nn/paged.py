@@ -1,8 +1,9 @@
 """Attention of new tokens to keys and values in pages: what holds them is what reads them.
 
-- `GatherPages` are gathered and multiplied, on every platform: the reference for the other. Tokens
+- `GatherPages` are gathered and multiplied, on every platform: the reference for the others. Tokens
   may be split over devices, and be int8.
-- `RaggedPages` are read by JAX's Pallas kernel for TPUs: once, straight from where they lie.
+- `TritonPages` are the same, read once, straight from where they lie, by a kernel for GPUs.
+- `RaggedPages` are read so by JAX's Pallas kernel for TPUs.
 
 B rows, T new tokens, P pages of a row, N heads, K kv heads, H head dim.
 """
@@ -15,13 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
-from jaxgen.nn import paged_gather, paged_ragged
+from jaxgen.nn import paged_gather, paged_ragged, paged_triton
 from jaxgen.nn.attention import heads_like, mesh_device, num_shards
-from jaxgen.nn.paged_gather import GatherPages
+from jaxgen.nn.paged_gather import SCALE_BYTES, GatherPages
 from jaxgen.nn.paged_ragged import RaggedPages
+from jaxgen.nn.paged_triton import TritonPages
 from jaxgen.sharding import Rules, logical_to_mesh
 
-PagedBackend = Literal["auto", "gather", "ragged"]
+PagedBackend = Literal["auto", "gather", "ragged", "triton"]
+KERNELS: dict[str, PagedBackend] = {"tpu": "ragged", "gpu": "triton", "cuda": "triton"}
 LayerPages = GatherPages | RaggedPages
 
 
@@ -54,25 +57,36 @@ def empty_pages(
         size: tokens of a page on each device.
         heads: numbers of query heads and of kv heads, and head_dim.
         dtype: of queries, and of keys and values unless they are int8.
-        backend: `auto` is the kernel where it can be, and otherwise `gather`.
+        backend: `auto` is the platform's kernel where it can be, and otherwise `gather`.
         int8: whether keys and values are, with a scale for each token and kv head.
 
     Raises:
-        UserError: the kernel, asked for by name, cannot read such pages.
+        UserError: a kernel, asked for by name, cannot read such pages.
     """
     # Where query heads are split otherwise than kv heads, each has a copy of its kv head.
     num_heads, num_kv_heads, head_dim = heads
     kept = num_kv_heads if rules.kv_heads == rules.heads else num_heads
     rows, split, tokens = *map(logical_to_mesh, (rules.batch, rules.heads)), token_axes(rules)
-    reason = paged_ragged.refuses(
-        mesh_device(), kept // num_shards(split), head_dim, dtype, num_shards(tokens), int8=int8
-    )
-    if backend == "ragged" and reason:
-        raise UserError(f"attention 'ragged' {reason}; use 'auto' or 'gather'")
-    if backend == "gather" or reason:
-        lines = num_shards(rows + tokens) * pages * kept
-        return GatherPages.empty(lines, rows + tokens + split, size, head_dim, dtype, int8=int8)
-    return RaggedPages.empty(num_shards(rows) * pages, size, kept, head_dim, dtype, rows, split)
+    device, kept_here = mesh_device(), kept // num_shards(split)
+    refused = {
+        "ragged": paged_ragged.refuses(
+            device, kept_here, head_dim, dtype, num_shards(tokens), int8=int8
+        ),
+        "triton": paged_triton.refuses(
+            device, head_dim, pages * size * kept_here * (head_dim + SCALE_BYTES * int8)
+        ),
+        "gather": None,
+    }
+    if backend == "auto":
+        kernel = KERNELS.get(device.platform, "gather")
+        backend = "gather" if refused[kernel] else kernel
+    elif reason := refused[backend]:
+        raise UserError(f"attention {backend!r} {reason}; use 'auto' or 'gather'")
+    if backend == "ragged":
+        return RaggedPages.empty(num_shards(rows) * pages, size, kept, head_dim, dtype, rows, split)
+    kind = TritonPages if backend == "triton" else GatherPages
+    lines = num_shards(rows + tokens) * pages * kept
+    return kind.empty(lines, rows + tokens + split, size, head_dim, dtype, int8=int8)
 
 
 def attend_paged(
@@ -113,13 +127,15 @@ def attend_paged(
     who: dict[str, Any] = {"window": window, "soft_cap": soft_cap, "scale": scale}
     args = (q, heads_like(q, k), heads_like(q, v), pages, table, positions, segments)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
-    ragged = isinstance(pages, RaggedPages)
-    if ragged:
+    varying = sum(map(logical_to_mesh, specs[0]), ())
+    if isinstance(pages, GatherPages):
+        who["split"] = tuple(axis for axis in logical_to_mesh(specs[3].k[0]) if axis not in varying)
+    if isinstance(pages, RaggedPages):
         device = functools.partial(paged_ragged.attend, **who)
+    elif isinstance(pages, TritonPages):
+        device = functools.partial(paged_triton.attend, **who)
     else:
-        varying = sum(map(logical_to_mesh, specs[0]), ())
-        split = tuple(axis for axis in logical_to_mesh(specs[3].k[0]) if axis not in varying)
-        device = functools.partial(paged_gather.attend, **who, varying=varying, split=split)
+        device = functools.partial(paged_gather.attend, **who, varying=varying)
     # A kernel's outputs do not say over which axes they vary.
-    outs = (specs[0], specs[3])
-    return jax.shard_map(device, in_specs=specs, out_specs=outs, check_vma=not ragged)(*args)
+    outs, checked = (specs[0], specs[3]), type(pages) is GatherPages
+    return jax.shard_map(device, in_specs=specs, out_specs=outs, check_vma=checked)(*args)

@@ -1,10 +1,10 @@
-"""Keys and values in lines that are gathered and multiplied: on every platform, the reference.
+"""Keys and values in lines, written here, and gathered and multiplied: everywhere, the reference.
 
 B rows, T new tokens, P pages of a row, N heads, K kv heads, G = N / K, H head dim, R = B * K;
 S tokens read at a time; t stands for G and T as one.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,57 @@ class GatherPages(NamedTuple):
         kept = jnp.dtype("int8") if int8 else dtype
         spec = PartitionSpec(axes or None, None)
         return cls(*(jnp.zeros(shape, kept, out_sharding=spec) for _ in range(2)))
+
+
+Pages = TypeVar("Pages", bound=GatherPages)
+
+
+class TokensHere(NamedTuple):
+    """Which tokens of a row a device has: of page b, `(b * shards + shard) * size` and on."""
+
+    cell: int
+    """Elements of a token's keys in a line."""
+    size: int
+    """Tokens of a page here."""
+    shards: int
+    shard: int | Int[Array, ""]
+
+
+def tokens_here(pages: GatherPages, head_dim: int, split: tuple[str, ...]) -> TokensHere:
+    """Returns which tokens a device's pages have.
+
+    Args:
+        pages: of the device.
+        head_dim: of keys.
+        split: mesh axes over which a row's tokens are.
+    """
+    cell = head_dim + SCALE_BYTES * (pages.k.dtype == jnp.int8)
+    shards, shard = (lax.axis_size(split), lax.axis_index(split)) if split else (1, 0)
+    return TokensHere(cell, pages.k.shape[1] // cell, shards, shard)
+
+
+def write(
+    pages: Pages,
+    k: jax.Array,
+    v: jax.Array,
+    table: Int[Array, "B P"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    here: TokensHere,
+) -> Pages:
+    """Returns a device's pages with the new tokens in them; arguments as of `attend`."""
+    kv_heads = k.shape[2]
+    mine_BT = (segments > 0) & (positions // here.size % here.shards == here.shard)
+    page_BT = jnp.take_along_axis(table, positions // (here.size * here.shards), axis=1)
+    lines_BT = jnp.where(mine_BT, page_BT, 0) * kv_heads
+    line_BTK = lines_BT[:, :, None] + jnp.arange(kv_heads)[None, None, :]
+
+    def put(old, new_BTKH):
+        cells = old.reshape(-1, here.size, here.cell)
+        at = cells.at[line_BTK, (positions % here.size)[:, :, None]]
+        return at.set(_cells(new_BTKH, old.dtype), mode="promise_in_bounds").reshape(old.shape)
+
+    return pages._replace(k=put(pages.k, k), v=put(pages.v, v))
 
 
 def _cells(x: jax.Array, kept: jnp.dtype) -> jax.Array:
@@ -104,22 +155,11 @@ def attend(
     """
     batch, num_new, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    cell = head_dim + SCALE_BYTES * (pages.k.dtype == jnp.int8)
-    size = pages.k.shape[1] // cell
+    here = tokens_here(pages, head_dim, split)
+    size, shards = here.size, here.shards
+    pages = write(pages, k, v, table, positions, segments, here)
     rows, group = batch * kv_heads, num_heads // kv_heads
-    head = jnp.arange(kv_heads)
-    shards, shard = (lax.axis_size(split), lax.axis_index(split)) if split else (1, 0)
-    real_BT = segments > 0
-    mine_BT = real_BT & (positions // size % shards == shard)
-    page_BT = jnp.take_along_axis(table, positions // (size * shards), axis=1)
-    line_BTK = jnp.where(mine_BT, page_BT, 0)[:, :, None] * kv_heads + head[None, None, :]
-
-    def write(old, new_BTKH):
-        cells, place_BT1 = old.reshape(-1, size, cell), (positions % size)[:, :, None]
-        at = cells.at[line_BTK, place_BT1]
-        return at.set(_cells(new_BTKH, old.dtype), mode="promise_in_bounds").reshape(old.shape)
-
-    pages = GatherPages(write(pages.k, k), write(pages.v, v))
+    head, real_BT = jnp.arange(kv_heads), segments > 0
     at_once = max(1, KEYS_AT_ONCE // size)
     num_keys = at_once * size
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % at_once)))
@@ -127,7 +167,7 @@ def attend(
     q_RtH = q_BKGTH.reshape(rows, group * num_new, head_dim)
     offset = jnp.arange(num_keys)
     # Of the tokens of `at_once` pages here, their places among those of all devices.
-    place = (offset // size * shards + shard) * size + offset % size
+    place = (offset // size * shards + here.shard) * size + offset % size
 
     def part(i, carry):
         best_Rt, total_Rt, out_RtH = carry
@@ -135,7 +175,7 @@ def attend(
         lines = (some_BP[:, None, :] * kv_heads + head[None, :, None]).reshape(-1)
 
         def read(lying):
-            found = lying.at[lines].get(mode="promise_in_bounds").reshape(rows, num_keys, cell)
+            found = lying.at[lines].get(mode="promise_in_bounds").reshape(rows, num_keys, here.cell)
             return _values(found, q.dtype)
 
         (k_RSH, k_scale_RS), (v_RSH, v_scale_RS) = read(pages.k), read(pages.v)

@@ -239,7 +239,6 @@ def gpu():
     [
         ({}, None),
         ({"in_order": False}, "rows in order"),
-        ({"packed": True}, "packed documents"),
         ({"soft_cap": 30.0}, "soft cap"),
         ({"dtype": jnp.float32}, "bfloat16"),
         ({"head_dim": 12}, "head_dim"),
@@ -247,34 +246,42 @@ def gpu():
     ],
 )
 def test_what_cudnn_takes(change, reason):
-    case = {"in_order": True, "packed": False, "soft_cap": None} | change
+    case = {"in_order": True, "soft_cap": None} | change
     q = jnp.zeros((1, 8, 2, case.pop("head_dim", 64)), case.pop("dtype", jnp.bfloat16))
     refusal = flash.cudnn_refuses(gpu(), q, **case)
     assert refusal is None if reason is None else reason in refusal
 
 
-@pytest.mark.parametrize("window", [None, 64])
-def test_what_cudnn_is_told(window, monkeypatch):
-    """Lowered for a GPU without one: the mask is all that can be checked here."""
+@pytest.fixture
+def calls(monkeypatch):
+    """cuDNN's calls, lowered for a GPU without one: what they are told is all that is checked."""
     from jax._src.cudnn import fused_attention_stablehlo as calls
 
     monkeypatch.setattr(calls, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(calls, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(calls, "is_cuda_compute_capability_equal", lambda capability: False)
+    return calls
 
-    def gradients(q, k, v):
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 64])
+def test_what_cudnn_is_told(window, packed, calls):
+    def gradients(q, k, v, segments):
         def loss(q, k, v):
-            return flash.cudnn(q, k, v, window=window, scale=0.1).astype(jnp.float32).sum()
+            out = flash.cudnn(q, k, v, segments, window=window, scale=0.1)
+            return out.astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     q = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
-    program = jax.jit(gradients).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    segments = jax.ShapeDtypeStruct((2, 256), jnp.int32) if packed else None
+    traced = jax.jit(gradients).trace(q, k, k, segments)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
         call = next(line for line in program.splitlines() if f"@{name}" in line)
         call = call.replace("\\22", "")
-        assert "mask_type: CAUSAL," in call
+        assert f"mask_type: {'PADDING_CAUSAL' if packed else 'CAUSAL'}," in call
         # It counts the query's own token too; 0 is no window.
         assert f"sliding_window_length: {window or 0}," in call
 
@@ -286,7 +293,7 @@ def test_what_cudnn_is_told(window, monkeypatch):
         ("tpu", True, True, "splash"),
         ("tpu", True, False, "xla"),
         ("gpu", False, True, "cudnn"),
-        ("gpu", True, True, "xla"),
+        ("gpu", True, True, "cudnn"),
     ],
 )
 def test_auto_never_loses_a_mask(platform, packed, in_order, chosen, monkeypatch):
@@ -298,3 +305,32 @@ def test_auto_never_loses_a_mask(platform, packed, in_order, chosen, monkeypatch
     q, k, v, _, positions, segments = make_inputs(dtype=jnp.bfloat16)
     attend(q, k, v, **rows(positions, segments if packed else None), in_order=in_order)
     assert (called or ["xla"]) == [chosen]
+
+
+def test_cudnn_is_told_where_documents_are():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4]])
+    lengths, starts = flash._spans(segments)
+    assert lengths.shape == (2, flash.MOST_DOCUMENTS)
+    assert starts.shape == (2, flash.MOST_DOCUMENTS + 1)
+    np.testing.assert_array_equal(lengths[:, :5], [[3, 2, 1, 2, -1], [8, -1, -1, -1, -1]])
+    np.testing.assert_array_equal(starts[:, :5], [[0, 3, 5, 6, -1], [0, -1, -1, -1, -1]])
+    assert np.all(lengths[:, 4:] == -1)
+    assert np.all(starts[:, 4:] == -1)
+
+
+@pytest.mark.parametrize("documents", [3, 4])
+def test_rows_of_more_documents_than_cudnn_takes_get_what_is_right(documents, monkeypatch):
+    kind = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
+    monkeypatch.setattr(attention, "mesh_device", lambda: kind)
+    monkeypatch.setattr(flash, "MOST_DOCUMENTS", 3)
+    monkeypatch.setattr(flash, "cudnn", lambda q, *_, **__: q)
+    q, k, v, g, positions, _ = make_inputs(dtype=jnp.bfloat16)
+    length = q.shape[1]
+    segments = jnp.broadcast_to(jnp.arange(length) * documents // length + 1, positions.shape)
+    spans = rows(positions, segments) | {"in_order": True}
+    got = with_gradients(q, k, v, g, **spans)
+    right = with_gradients(q, k, v, g, **spans, backend="xla")
+    if documents == 3:
+        right = q, g, *map(jnp.zeros_like, (k, v))
+    for mine, theirs in zip(got, right, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine, np.float32), np.asarray(theirs, np.float32))

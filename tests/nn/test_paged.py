@@ -17,7 +17,7 @@ from jaxgen.nn.paged import GatherPages, attend_paged, empty_pages
 from jaxgen.nn.paged_ragged import RaggedPages
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
-ROWS, LENGTH, HEADS, KV_HEADS, WIDTH, PAGE = 4, 302, 4, 2, 8, 16
+ROWS, LENGTH, HEADS, KV_HEADS, WIDTH, PAGE = 4, 302, 4, 2, 16, 16
 OPTIONS = {
     "plain": {},
     "window": {"window": 20},
@@ -103,6 +103,17 @@ def by_rows(option):
         lambda q, k, v: attend(q, k, v, q_positions=place, kv_positions=place, **OPTIONS[option])
     )
     return np.asarray(whole(*map(jnp.asarray, qkv())))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "option"),
+    [*(("one", option) for option in OPTIONS), ("split", "window"), ("all", "soft_cap")],
+)
+def test_triton_pages_give_what_whole_rows_give(mesh, option):
+    out, whole = by_pages(mesh, OPTIONS[option], backend="triton"), by_rows(option)
+    for row, end in enumerate(ENDS):
+        np.testing.assert_allclose(out[row, :end], whole[row, :end], atol=2e-6)
+    assert np.all(np.isfinite(out))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
