@@ -1,20 +1,14 @@
-"""What a machine gets right: versions, kernels, collectives, and every mesh against one device.
-
-B batch, T tokens, N heads, K kv heads, H head dim.
-"""
+"""What a machine gets right: versions, kernels, collectives, and every mesh against one device."""
 
 import dataclasses
 import importlib.metadata
 import math
 import os
 import platform
-import statistics
-import textwrap
 import time
 import typing
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,31 +19,18 @@ from jax.sharding import NamedSharding
 from jaxgen import __version__, parity
 from jaxgen.collectives import COLLECTIVES, count_wrong
 from jaxgen.config import TrainConfig
-from jaxgen.errors import UserError
-from jaxgen.nn.attention import attend
+from jaxgen.doctor_attention import attention, decoding
 from jaxgen.nn.init import Maker
 from jaxgen.nn.moe import Dispatch, MoE
 from jaxgen.nn.stack import gather
 from jaxgen.nn.stream import stream_spec
-from jaxgen.references import attention_reference, experts_reference
+from jaxgen.references import experts_reference
 from jaxgen.sharding import AXES, Rules, make_mesh
 from jaxgen.tables import columns
+from jaxgen.verdict import WRONG, Section, judge, relative_error
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "libtpu")
-# Norm of the difference over the norm. Measured on CPU at T=1024: 7e-7 in fp32, 4e-3 in bf16. A
-# window that is one token short is 2e-2 off, or more.
-ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 EXPERTS_TOLERANCE = 1e-5
-WRONG, REFUSED = "WRONG", "refused"
-
-
-class Section(NamedTuple):
-    """One table, whose rows are made when they are asked for."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Iterator[tuple[str, ...]]
-    """The last text of each is its verdict: ok, WRONG or refused, and why."""
 
 
 def examine() -> bool:
@@ -59,7 +40,7 @@ def examine() -> bool:
     one prints only what is wrong with it.
     """
     wrong, first = 0, jax.process_index() == 0
-    sections = (versions, devices, attention, experts, collectives, parity_matrix)
+    sections = (versions, devices, attention, decoding, experts, collectives, parity_matrix)
     for section in (make() for make in sections):
         if first:
             print(section.title, flush=True)
@@ -118,51 +99,6 @@ def devices() -> Section:
     return Section(title, ("id", "kind", "coordinates", "memory", ""), rows())
 
 
-def attention() -> Section:
-    """Each attention backend, forward and backward, against a reference in fp64."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
-    # On CPU splash is interpreted.
-    size = {"B": 2, "T": 160, "N": 4, "K": 2, "H": 16}
-    if not on_cpu:
-        size |= {"T": 1024, "H": 128}
-    window = size["T"] // 4
-    cases: dict[str, tuple[bool, dict[str, Any]]] = {
-        "one document": (False, {}),
-        "window": (False, {"window": window}),
-        "packed": (True, {}),
-        "packed, window, soft cap": (True, {"window": window, "soft_cap": 2.0}),
-    }
-
-    def check(backend: Any, given: list[Any], options: dict[str, Any]):
-        call = _attention_call(backend, given, options)
-        got = call()
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - begin)
-        expected = attention_reference(*given, **options)
-        errors = [_relative(*pair) for pair in zip(got, expected, strict=True)]
-        good = all(error <= ATTENTION_TOLERANCE[dtype] for error in errors)
-        numbers = [f"{error:.0e}" for error in errors]
-        numbers.append(f"{statistics.median(times) * 1e3:.2f}")
-        return numbers, "ok" if good else f"{WRONG}: above {ATTENTION_TOLERANCE[dtype]:g}"
-
-    def rows():
-        for case, (packed, options) in cases.items():
-            given = _attention_inputs(size, dtype, packed)
-            for backend in ("xla", "splash", "cudnn"):
-                yield backend, case, *_judge(5, check, backend, given, options)
-
-    shape = " ".join(f"{name}={number}" for name, number in size.items())
-    return Section(
-        f"attention: relative errors of the output and its gradients; {dtype} {shape}",
-        ("backend", "rows", "out", "dq", "dk", "dv", "ms", ""),
-        rows(),
-    )
-
-
 def experts() -> Section:
     """Each way that tokens travel to their experts against a loop over all experts."""
     num = jax.device_count()
@@ -202,7 +138,7 @@ def experts() -> Section:
             expected = out, *vjp(g)
         errors = [
             max(
-                _relative(parity.fetch(mine), right)
+                relative_error(parity.fetch(mine), right)
                 for mine, right in zip(*map(jax.tree.leaves, pair), strict=True)
             )
             for pair in zip(got, expected, strict=True)
@@ -213,7 +149,7 @@ def experts() -> Section:
 
     def rows():
         for dispatch in typing.get_args(Dispatch):
-            yield dispatch, *_judge(4, check, dispatch)
+            yield dispatch, *judge(4, check, dispatch)
 
     return Section(
         f"experts: relative errors of the output and its gradients; fp32 over expert={part}",
@@ -238,7 +174,7 @@ def collectives() -> Section:
 
     def rows():
         for axis in AXES:
-            yield f"{axis}={num}", *_judge(len(COLLECTIVES), check, axis)
+            yield f"{axis}={num}", *judge(len(COLLECTIVES), check, axis)
 
     return Section("collectives: us", ("axis", *COLLECTIVES, ""), rows())
 
@@ -265,71 +201,10 @@ def parity_matrix() -> Section:
             for config, compiling in zip(configs, steps, strict=True):
                 split = [f"{axis}={size}" for axis, size in config.mesh.sizes.items() if size > 1]
                 mesh = " ".join(split) or "one device"
-                yield config.name, mesh, *_judge(4, check, config, compiling)
+                yield config.name, mesh, *judge(4, check, config, compiling)
 
     return Section(
         f"parity: relative errors against one device over {parity.NUM_STEPS} steps in fp32",
         ("model", "mesh", "loss", "gradient", "steps", "s", ""),
         rows(),
     )
-
-
-def _judge(num: int, check: Callable[..., tuple[list[str], str]], *args: Any) -> tuple[str, ...]:
-    """The `num` texts and the verdict of a check; one that raises gives its reason instead."""
-    try:
-        texts, verdict = check(*args)
-    except UserError as refusal:
-        texts, verdict = ["-"] * num, f"{REFUSED}: {refusal}"
-    except Exception as error:  # Whatever it is, the next check may say more about it.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        texts, verdict = ["-"] * num, f"{WRONG}: {textwrap.shorten(reason, 300)}"
-    return *texts, verdict
-
-
-def _attention_inputs(size: dict[str, int], dtype: str, packed: bool) -> list[Any]:
-    """(q, k, v, cotangent, positions, segments); three documents a row if packed, else one."""
-    rng = np.random.default_rng(0)
-    B, T, N, K, H = size.values()
-    shapes = [(B, T, heads, H) for heads in (N, K, K, N)]
-    arrays = [np.asarray(rng.standard_normal(shape), jnp.dtype(dtype)) for shape in shapes]
-    starts = np.array([0, T // 5, T // 2] if packed else [0])
-    place = np.arange(T)
-    document = np.searchsorted(starts, place, side="right")
-    rows = [place - starts[document - 1], document]
-    return [*arrays, *(np.broadcast_to(x, (B, T)).astype(np.int32) for x in rows)]
-
-
-def _attention_call(backend: Any, given: list[Any], options: dict[str, Any]) -> Callable:
-    """Returns a function of nothing: (out, dq, dk, dv) of the backend."""
-    q, k, v, g, positions, segments = map(jnp.asarray, given)
-    packed = bool(np.any(given[-1] > 1))
-    spans = (positions, segments) if packed else (positions, None)
-
-    @jax.jit
-    def run(q, k, v, g, positions, segments):
-        def call(q, k, v):
-            return attend(
-                q,
-                k,
-                v,
-                q_positions=positions,
-                kv_positions=positions,
-                q_segments=segments,
-                kv_segments=segments,
-                in_order=True,
-                backend=backend,
-                **options,
-            )
-
-        out, vjp = jax.vjp(call, q, k, v)
-        return out, *vjp(g)
-
-    return lambda: run(q, k, v, g, *spans)
-
-
-def _relative(got: Any, expected: Any) -> float:
-    """Norm of the difference over the norm."""
-    expected = np.asarray(expected, np.float64)
-    norm = np.linalg.norm(expected)
-    # Of what is zero, such as the gradient of a router's bias, the norm itself.
-    return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / (norm or 1.0))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen import doctor, parity
+from jaxgen import doctor, doctor_attention, parity
 from jaxgen.collectives import COLLECTIVES
-from jaxgen.nn import flash
+from jaxgen.nn import flash, paged_gather
 from jaxgen.nn.moe import MoE
 from jaxgen.parity import ParityResult
 from jaxgen.references import attention_reference
@@ -60,6 +60,7 @@ def test_all_is_right_on_two_devices():
         "versions",
         "devices",
         "attention",
+        "decoding",
         "experts",
         "collectives",
         "parity",
@@ -79,7 +80,7 @@ def test_all_is_right_on_two_devices():
 
 
 BROKEN = """
-from jaxgen.nn import flash
+from jaxgen.nn import flash, paged_gather
 from jaxgen.nn.moe import MoE
 splash = flash.splash
 flash.splash = lambda *args, **kwargs: splash(*args, **(kwargs | {"window": None}))
@@ -114,6 +115,25 @@ def test_attention_says_who_is_wrong_and_who_refuses(monkeypatch):
     assert {len(row) for row in rows} == {len(section.header)}
     assert rows[1][-1] == "WRONG: ZeroDivisionError: over lines"
     assert "does not run on cpu" in rows[2][-1]
+
+
+def test_pages_that_are_read_wrongly_are_found(monkeypatch):
+    right = paged_gather._values
+
+    def off(cells, dtype):
+        values, scale = right(cells, dtype)
+        return values, None if scale is None else scale * 1.05
+
+    monkeypatch.setattr(paged_gather, "_values", off)
+    rows = list(doctor.decoding().rows)
+    verdicts = {row[:2]: row[-1].split(":")[0] for row in rows}
+    cases = ("one document", "window, soft cap", "int8")
+    backends = {"gather": "ok", "ragged": "refused", "triton": "ok"}
+    assert verdicts == {
+        (name, case): "WRONG" if (name, case) == ("gather", "int8") else verdict
+        for name, verdict in backends.items()
+        for case in cases
+    }
 
 
 @pytest.mark.full
@@ -172,7 +192,8 @@ def test_an_overlooked_tpu_is_wrong(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"window": 5, "soft_cap": 1.5}])
 def test_the_reference_has_the_gradients_of_its_output(options):
     """Finite differences in fp64, along a random direction of each input."""
-    given = doctor._attention_inputs({"B": 2, "T": 12, "N": 4, "K": 2, "H": 4}, "float32", True)
+    size = {"B": 2, "T": 12, "N": 4, "K": 2, "H": 4}
+    given = doctor_attention._attention_inputs(size, "float32", True)
     arrays, rows = [np.float64(x) for x in given[:4]], given[4:]
     rng = np.random.default_rng(1)
     _, *gradients = attention_reference(*arrays, *rows, **options)

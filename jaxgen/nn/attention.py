@@ -196,7 +196,7 @@ def _plain(
     in_order: bool,
     static: tuple[int | None, float | None, float],
 ) -> jax.Array:
-    """`attend` without a kernel, of what queries and keys have each; of rows in order, in blocks."""
+    """`attend` without a kernel, of pairs of what queries and keys have; in blocks, if in order."""
 
     def whole(queries: slice, keys: slice) -> jax.Array:
         spans = [

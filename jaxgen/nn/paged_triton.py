@@ -67,6 +67,9 @@ def attend(
     programs, which merge what they found by their log-sum-exps, as do devices that hold other
     tokens of it.
     """
+    # Else XLA computes the keys' product and rotation again for each element that it writes: 33 us
+    # a layer of 2048 on an H100, where the product takes 3.
+    q, k, v = lax.optimization_barrier((q, k, v))
     batch, num_new, num_heads, head_dim = q.shape
     kv_heads = k.shape[2]
     rows, group = batch * kv_heads, num_heads // kv_heads
