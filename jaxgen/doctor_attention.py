@@ -32,7 +32,7 @@ def attention() -> Section:
     on_cpu = jax.default_backend() == "cpu"
     dtype = "float32" if on_cpu else "bfloat16"
     # On CPU splash is interpreted.
-    size = {"B": 2, "T": 160, "N": 4, "K": 2, "H": 16}
+    size = {"B": 2, "T": 192, "N": 4, "K": 2, "H": 16}
     if not on_cpu:
         size |= {"T": 1024, "H": 128}
     window = size["T"] // 4
@@ -61,7 +61,7 @@ def attention() -> Section:
     def rows():
         for case, (packed, options) in cases.items():
             given = _attention_inputs(size, dtype, packed)
-            for backend in ("xla", "splash", "cudnn"):
+            for backend in ("xla", "splash", "cudnn", "triton"):
                 yield backend, case, *judge(5, check, backend, given, options)
 
     shape = " ".join(f"{name}={number}" for name, number in size.items())

@@ -110,8 +110,9 @@ def test_attention_says_who_is_wrong_and_who_refuses(monkeypatch):
         "xla": "ok",
         "splash": "WRONG",
         "cudnn": "refused",
+        "triton": "refused",
     }
-    assert len(rows) == 3 * 4
+    assert len(rows) == 4 * 4
     assert {len(row) for row in rows} == {len(section.header)}
     assert rows[1][-1] == "WRONG: ZeroDivisionError: over lines"
     assert "does not run on cpu" in rows[2][-1]

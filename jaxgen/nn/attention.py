@@ -16,9 +16,15 @@ from jaxtyping import Array, Float, Int
 from jaxgen.errors import UserError
 from jaxgen.sharding import Axes, logical_to_mesh
 
-Backend = Literal["auto", "xla", "splash", "cudnn"]
+Backend = Literal["auto", "xla", "splash", "cudnn", "triton"]
 ContextMethod = Literal["ring", "all_gather"]
-KERNELS: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+# The fastest first. cuDNN's kernel takes packed rows only by name: how it keeps documents apart has
+# not been held against the reference on a GPU yet, as `jaxgen doctor` does.
+KERNELS: dict[str, tuple[Backend, ...]] = {
+    "tpu": ("splash",),
+    "gpu": ("cudnn", "triton"),
+    "cuda": ("cudnn", "triton"),
+}
 
 # Far below any score, and finite: a row that sees no key averages all of them instead of being NaN.
 HIDDEN = -1e30
@@ -73,8 +79,9 @@ def attend(
             need it, since they tell "before" by the place in the row. Padding is exempt: what it
             sees is unspecified. Of a split sequence, it speaks of the order before zigzag.
         backend: `xla` honours everything; `splash` is the TPU kernel (on CPU it is interpreted,
-            for tests); `cudnn` the NVIDIA one; `auto` the fastest that honours what is asked on
-            the platform of the current mesh, which may be one of described devices.
+            for tests); `cudnn` the NVIDIA one; `triton` one for GPUs, without windows (likewise
+            interpreted); `auto` the fastest that honours what is asked on the platform of the
+            current mesh, which may be one of described devices.
         context_method: how devices that hold parts of one sequence exchange keys and values: see
             `nn/context.py`.
 
@@ -84,7 +91,7 @@ def attend(
     Source: grouped queries: Ainslie et al. 2023, arXiv:2305.13245; soft cap: Gemma 2 report,
     arXiv:2408.00118, section 2.
     """
-    from jaxgen.nn import context, flash
+    from jaxgen.nn import context, flash, flash_gpu
 
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments are given together or not at all")
@@ -96,17 +103,20 @@ def attend(
     if shards > 1 and not in_order:
         raise ValueError("attention over a split sequence needs in_order")
     device = mesh_device()
+    who = {"in_order": in_order, "seq_shards": shards}
     refusals = {
-        "splash": lambda: flash.splash_refuses(device, q, in_order=in_order, seq_shards=shards),
-        "cudnn": lambda: flash.cudnn_refuses(
-            device, q, in_order=in_order, soft_cap=soft_cap, seq_shards=shards
+        "xla": lambda: None,
+        "splash": lambda: flash.splash_refuses(device, q, **who),
+        "cudnn": lambda: flash_gpu.cudnn_refuses(device, q, **who, soft_cap=soft_cap),
+        "triton": lambda: flash_gpu.triton_refuses(
+            device, q, **who, window=window, soft_cap=soft_cap
         ),
     }
     if backend == "auto":
-        backend = KERNELS.get(device.platform, "xla")
-        if backend != "xla" and refusals[backend]():
-            backend = "xla"
-    elif backend != "xla" and (reason := refusals[backend]()):
+        kernels = (*KERNELS.get(device.platform, ()), "xla")
+        packed = q_segments is not None
+        backend = next(x for x in kernels if not ((x == "cudnn" and packed) or refusals[x]()))
+    elif reason := refusals[backend]():
         raise UserError(f"attention {backend!r} {reason}; use 'auto' or 'xla'")
     if shards > 1:
         return context.attend_split(
@@ -129,12 +139,14 @@ def attend(
     plain = functools.partial(_plain, in_order=in_order, static=(window, soft_cap, scale))
     if backend == "xla":
         return plain(q, k, v, positions, segments)
-    fused = functools.partial(flash.cudnn, window=window, scale=scale)
+    if backend == "triton":
+        return flash_gpu.triton(q, k, v, q_segments, scale=scale, device=device)
+    fused = functools.partial(flash_gpu.cudnn, window=window, scale=scale)
     if q_segments is None:
         return fused(q, k, v, None)
     # A gradient's backward pass computes the rare case again, so that no memory is kept for it.
     return lax.cond(
-        flash.few_documents(q_segments),
+        flash_gpu.few_documents(q_segments),
         lambda q, k, v, segments, _: fused(q, k, v, segments[0]),
         jax.checkpoint(lambda q, k, v, segments, positions: plain(q, k, v, positions, segments)),
         *(q, k, v, segments, positions),

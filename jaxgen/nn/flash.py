@@ -1,7 +1,7 @@
-"""Attention kernels of others, wrapped: splash (Pallas, TPU) and cuDNN (NVIDIA).
+"""The attention kernel of TPUs, splash, wrapped.
 
-Neither sees positions: "before" is the place in the row, so `in_order` has to be promised. Each has
-a `*_refuses` beside it that says in words why it cannot take a call, or returns None.
+It sees no positions: "before" is the place in the row, so `in_order` has to be promised.
+`splash_refuses` says in words why it cannot take a call, or returns None.
 
 B batch, T queries and keys, N heads, K kv heads, H head dim.
 """
@@ -12,13 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxgen.nn.pipeline import shard_map
 
 LANES = 128
-# Of a row, that cuDNN keeps apart: it starts its programs for so many of every row.
-MOST_DOCUMENTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,93 +133,6 @@ def splash(
         return out_BNTH.transpose(0, 2, 1, 3)[:, :seq_len].astype(q_BTNH.dtype)
 
     return on_each_device(local, head_spec(q), q, k, v, segments)
-
-
-def cudnn_refuses(
-    device: AbstractDevice,
-    q: jax.Array,
-    *,
-    in_order: bool,
-    soft_cap: float | None,
-    seq_shards: int = 1,
-) -> str | None:
-    """Returns why cuDNN cannot take this call, or None."""
-    if device.platform not in ("gpu", "cuda"):
-        return f"does not run on {device.platform}"
-    if not in_order:
-        return "needs rows in order, with queries and keys of the same tokens"
-    if seq_shards > 1:
-        return "does not attend over a split sequence"
-    if soft_cap is not None:
-        return f"has no soft cap ({soft_cap=})"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {q.dtype}"
-    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
-    if float(capability) < 8.0:
-        return f"needs compute capability 8.0, not {capability}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"takes a head_dim of at most 128 in steps of 8, not {q.shape[-1]}"
-    return None
-
-
-def cudnn(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"] | None,
-    *,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """Attends with cuDNN's fused kernel, causal by place in the document, or row.
-
-    Documents beyond the first MOST_DOCUMENTS of a row get nothing sensible: see `few_documents`.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn_calls  # Public: without packing.
-
-    from jaxgen.nn.attention import head_spec
-
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT=None):
-        options, mask = {}, cudnn_calls.MaskType.CAUSAL
-        if segments_BT is not None:
-            lengths_BM, starts_BM = _spans(segments_BT)
-            mask = cudnn_calls.MaskType.PADDING_CAUSAL
-            options |= {"q_seqlen": lengths_BM, "kv_seqlen": lengths_BM}
-            options |= {"q_offsets": starts_BM, "kv_offsets": starts_BM}
-        return cudnn_calls.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            scale=scale,
-            mask_type=mask,
-            sliding_window_length=window,
-            **options,
-        )
-
-    rows = () if segments is None else (segments,)
-    return on_each_device(local, head_spec(q), q, k, v, *rows)
-
-
-def few_documents(segments: Int[Array, "B T"]) -> Bool[Array, ""]:
-    """Returns whether no row has more documents, its padding counted as one, than `cudnn` takes."""
-    return jnp.max(_documents(segments)) < MOST_DOCUMENTS
-
-
-def _documents(segments_BT: jax.Array) -> jax.Array:
-    """Returns the number of each token's document in its row, from 0."""
-    begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-    return jnp.pad(jnp.cumsum(begins_BT, axis=1), ((0, 0), (1, 0)))
-
-
-def _spans(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the lengths of rows' documents [B, M] and their starts [B, M + 1]; -1 for none."""
-    number = jnp.arange(MOST_DOCUMENTS)
-    which_BTM = _documents(segments_BT)[:, :, None] == number[None, None, :]
-    length_BM = jnp.sum(which_BTM, axis=1, dtype=jnp.int32)
-    start_BM = jnp.cumsum(length_BM, axis=1) - length_BM
-    there_BM = length_BM > 0
-    starts_BM = jnp.pad(jnp.where(there_BM, start_BM, -1), ((0, 0), (0, 1)), constant_values=-1)
-    return jnp.where(there_BM, length_BM, -1), starts_BM
 
 
 def _tile(seq_len: int, most: int) -> int:

@@ -36,10 +36,10 @@ class EngineConfig:
     """What keys and values are kept in: what the model computes in, or int8 with a scale for each
     token and head, which holds almost twice (from float32, four times) as many tokens."""
     attention: PagedBackend = "auto"
-    """How pages are read: `ragged` is the TPU's kernel, `triton` the GPU's, `gather` runs everywhere
-    and takes everything. `auto` is `triton` on a GPU where head_dim is a power of two, `ragged` on
-    a TPU where head_dim is in steps of 128, a device has 1, 2, 4 or a multiple of 8 kv heads, the
-    cache is not int8 and mesh.context is 1, and else `gather`."""
+    """How pages are read: `ragged` is a TPU's kernel, `triton` a GPU's, `gather` runs everywhere
+    and takes everything; `auto` is the kernel where it can be. On a GPU that is where head_dim is a
+    power of two, on a TPU where it is in steps of 128, a device has 1, 2, 4 or a multiple of 8 kv
+    heads, the cache is not int8 and mesh.context is 1."""
     speculation: Speculation = "off"
     """Where tokens come from that one step of the model verifies together: what followed the same
     tokens before, or a draft model. Answers are the same; the more drafts stand, the sooner."""

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from jaxgen.errors import UserError
-from jaxgen.nn import attention, flash
+from jaxgen.nn import attention, flash, flash_gpu
 from jaxgen.nn.attention import attend
 from jaxgen.sharding import MeshConfig, make_mesh
 
@@ -212,6 +212,39 @@ def test_splash_is_xla(packed, fused, options, monkeypatch):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_is_xla(packed):
+    q, k, v, g, positions, segments = make_inputs(seq_len=128)
+    if not packed:
+        positions = jnp.broadcast_to(jnp.arange(128, dtype=jnp.int32), (2, 128))
+    spans = rows(positions, segments if packed else None) | {"in_order": True, "scale": 0.3}
+    triton = with_gradients(q, k, v, g, **spans, backend="triton")
+    xla = with_gradients(q, k, v, g, **spans, backend="xla")
+    for got, want in zip(triton, xla, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"in_order": False}, "rows in order"),
+        ({"window": 8}, "no window"),
+        ({"soft_cap": 30.0}, "soft cap"),
+        ({"dtype": jnp.float32}, "bfloat16"),
+        ({"seq_shards": 2}, "split sequence"),
+        ({"seq_len": 100}, "in steps of 64 tokens, not 100"),
+        ({"head_dim": 256}, "head_dim"),
+    ],
+)
+def test_what_triton_takes(change, reason):
+    case = {"in_order": True, "soft_cap": None, "window": None} | change
+    shape = (1, case.pop("seq_len", 128), 2, case.pop("head_dim", 64))
+    q = jnp.zeros(shape, case.pop("dtype", jnp.bfloat16))
+    refusal = flash_gpu.triton_refuses(gpu(), q, **case)
+    assert refusal is None if reason is None else reason in refusal
+
+
 @pytest.mark.parametrize(
     ("seq_len", "most", "tile"), [(40, 512, 128), (1536, 1024, 768), (4096, 1024, 1024)]
 )
@@ -248,7 +281,7 @@ def gpu():
 def test_what_cudnn_takes(change, reason):
     case = {"in_order": True, "soft_cap": None} | change
     q = jnp.zeros((1, 8, 2, case.pop("head_dim", 64)), case.pop("dtype", jnp.bfloat16))
-    refusal = flash.cudnn_refuses(gpu(), q, **case)
+    refusal = flash_gpu.cudnn_refuses(gpu(), q, **case)
     assert refusal is None if reason is None else reason in refusal
 
 
@@ -268,7 +301,7 @@ def calls(monkeypatch):
 def test_what_cudnn_is_told(window, packed, calls):
     def gradients(q, k, v, segments):
         def loss(q, k, v):
-            out = flash.cudnn(q, k, v, segments, window=window, scale=0.1)
+            out = flash_gpu.cudnn(q, k, v, segments, window=window, scale=0.1)
             return out.astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
@@ -293,25 +326,26 @@ def test_what_cudnn_is_told(window, packed, calls):
         ("tpu", True, True, "splash"),
         ("tpu", True, False, "xla"),
         ("gpu", False, True, "cudnn"),
-        ("gpu", True, True, "cudnn"),
+        ("gpu", True, True, "triton"),
+        ("gpu", True, False, "xla"),
     ],
 )
 def test_auto_never_loses_a_mask(platform, packed, in_order, chosen, monkeypatch):
     kind = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     monkeypatch.setattr(attention, "mesh_device", lambda: kind)
     called = []
-    for name in ("splash", "cudnn"):
-        monkeypatch.setattr(flash, name, lambda q, *_, name=name, **__: called.append(name) or q)
-    q, k, v, _, positions, segments = make_inputs(dtype=jnp.bfloat16)
+    for module, name in ((flash, "splash"), (flash_gpu, "cudnn"), (flash_gpu, "triton")):
+        monkeypatch.setattr(module, name, lambda q, *_, name=name, **__: called.append(name) or q)
+    q, k, v, _, positions, segments = make_inputs(dtype=jnp.bfloat16, seq_len=64)
     attend(q, k, v, **rows(positions, segments if packed else None), in_order=in_order)
     assert (called or ["xla"]) == [chosen]
 
 
 def test_cudnn_is_told_where_documents_are():
     segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 4]])
-    lengths, starts = flash._spans(segments)
-    assert lengths.shape == (2, flash.MOST_DOCUMENTS)
-    assert starts.shape == (2, flash.MOST_DOCUMENTS + 1)
+    lengths, starts = flash_gpu._spans(segments)
+    assert lengths.shape == (2, flash_gpu.MOST_DOCUMENTS)
+    assert starts.shape == (2, flash_gpu.MOST_DOCUMENTS + 1)
     np.testing.assert_array_equal(lengths[:, :5], [[3, 2, 1, 2, -1], [8, -1, -1, -1, -1]])
     np.testing.assert_array_equal(starts[:, :5], [[0, 3, 5, 6, -1], [0, -1, -1, -1, -1]])
     assert np.all(lengths[:, 4:] == -1)
@@ -322,13 +356,13 @@ def test_cudnn_is_told_where_documents_are():
 def test_rows_of_more_documents_than_cudnn_takes_get_what_is_right(documents, monkeypatch):
     kind = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
     monkeypatch.setattr(attention, "mesh_device", lambda: kind)
-    monkeypatch.setattr(flash, "MOST_DOCUMENTS", 3)
-    monkeypatch.setattr(flash, "cudnn", lambda q, *_, **__: q)
+    monkeypatch.setattr(flash_gpu, "MOST_DOCUMENTS", 3)
+    monkeypatch.setattr(flash_gpu, "cudnn", lambda q, *_, **__: q)
     q, k, v, g, positions, _ = make_inputs(dtype=jnp.bfloat16)
     length = q.shape[1]
     segments = jnp.broadcast_to(jnp.arange(length) * documents // length + 1, positions.shape)
     spans = rows(positions, segments) | {"in_order": True}
-    got = with_gradients(q, k, v, g, **spans)
+    got = with_gradients(q, k, v, g, **spans, backend="cudnn")
     right = with_gradients(q, k, v, g, **spans, backend="xla")
     if documents == 3:
         right = q, g, *map(jnp.zeros_like, (k, v))

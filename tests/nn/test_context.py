@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_attention import by_hand, make_inputs, rows, with_gradients
 
 from jaxgen.errors import UserError
-from jaxgen.nn import context, flash, partial, splash
+from jaxgen.nn import context, flash, flash_gpu, partial, splash
 from jaxgen.nn.attention import attend
 from jaxgen.plan.hlo import Program
 from jaxgen.sharding import MeshConfig, make_mesh, zigzag
@@ -198,9 +198,10 @@ def test_what_was_seen_can_be_kept_for_the_backward_pass():
 def test_cudnn_refuses_a_split_sequence():
     gpu = jax.sharding.AbstractDevice(device_kind="H200", num_cores=None, platform="gpu")
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    why = {"in_order": True, "packed": False, "soft_cap": None}
+    why = {"in_order": True, "soft_cap": None}
     assert (
-        flash.cudnn_refuses(gpu, q, **why, seq_shards=2) == "does not attend over a split sequence"
+        flash_gpu.cudnn_refuses(gpu, q, **why, seq_shards=2)
+        == "does not attend over a split sequence"
     )
 
 
