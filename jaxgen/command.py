@@ -1,12 +1,22 @@
 """What a subcommand of `jaxgen` is, and how the config that it runs with is found."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxgen import fields
 from jaxgen.options import CONFIG, FILE
+
+
+def join() -> None:
+    """Turns the compilation cache on and joins the other processes of the run."""
+    from jaxgen.compiler import enable_compilation_cache
+    from jaxgen.distributed import initialize
+
+    enable_compilation_cache()
+    initialize(os.environ)
 
 
 class Command(NamedTuple):

@@ -7,28 +7,19 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxgen.command import Command
+from jaxgen.bench_commands import BENCHMARKS
+from jaxgen.command import Command, join
 from jaxgen.errors import UserError
 from jaxgen.options import CONFIG, DIR, FILE, MODEL, OPTIONS
 
 
-def _start() -> None:
-    """Turns the compilation cache on and joins the other processes of the run."""
-    from jaxgen.compiler import enable_compilation_cache
-    from jaxgen.distributed import initialize
-
-    enable_compilation_cache()
-    initialize(os.environ)
-
-
 def _train(args: argparse.Namespace, config: Any) -> None:
-    _start()
+    join()
     from jaxgen.train.loop import train
 
     train(config, args.run_dir or str(Path("runs") / config.name))
@@ -40,7 +31,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     if args.prompt is None and sys.stdin.isatty():
         raise UserError("no prompt; give --prompt TEXT, or a text on standard input")
     prompts = args.prompt or [sys.stdin.read()]
-    _start()
+    join()
     import jax
 
     from jaxgen.pretrained import load_model
@@ -74,7 +65,7 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
     sizes = {"vocab_size": config.model.vocab_size, "max_seq_len": config.model.max_seq_len}
     lines = Lines(args.input, args.model.tokenizer(), _sampling(args), **sizes)
     total = lines.count()
-    _start()
+    join()
     import jax
 
     from jaxgen.pretrained import load_model
@@ -129,7 +120,7 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         option="--admin-key-file",
         variable=keys.ADMIN_VARIABLE,
     )
-    _start()
+    join()
     import jax
 
     from jaxgen.pretrained import load_model
@@ -183,7 +174,7 @@ def _eval(args: argparse.Namespace, config: Any) -> None:
     from jaxgen.eval.tasks import evaluate, read_records, table
 
     records = read_records(args.data, args.limit)
-    _start()
+    join()
     import jax
 
     from jaxgen.eval.score import Scorer
@@ -201,7 +192,7 @@ def _eval(args: argparse.Namespace, config: Any) -> None:
 
 
 def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
-    _start()
+    join()
     import jax
 
     from jaxgen.pretrained import check_empty, load_model
@@ -229,82 +220,8 @@ def _data_show(args: argparse.Namespace, config: Any) -> None:
     print(show(config.data, config.train.seq_len, config.train.batch_size, args.step))
 
 
-def _bench_train(args: argparse.Namespace, config: Any) -> None:
-    _start()
-    import jax
-
-    from jaxgen.train.bench import bench_train, process_start_s, table
-
-    results = bench_train(config, args.steps, started_s=process_start_s())
-    if jax.process_index() == 0:
-        print(json.dumps(results) if args.json else table(results))
-
-
-def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
-    _start()
-    import jax
-
-    from jaxgen.collectives import bench_collectives, table
-    from jaxgen.sharding import make_mesh
-
-    results = bench_collectives(
-        make_mesh(config.mesh),
-        min_bytes=args.min_bytes,
-        max_bytes=args.max_bytes,
-        dtype=args.dtype or "bfloat16",
-        iterations=args.iterations,
-    )
-    if jax.process_index() == 0:
-        print(json.dumps(results) if args.json else table(results))
-
-
-def _bench_serve(args: argparse.Namespace, config: Any) -> None:
-    from jaxgen.serve.bench import Limits, bench_own, bench_serve, table
-    from jaxgen.serve.keys import read_keys
-    from jaxgen.serve.load import Lengths, Load
-
-    if (args.source is None) == (args.url is None):
-        raise UserError("jaxgen bench serve needs one of MODEL, to serve it, and --url of a server")
-    if args.rate is not None and args.concurrency is not None:
-        raise UserError("--rate is of an open load and --concurrency of a closed one; give one")
-    limits = Limits(args.max_ttft, args.max_tpot)
-    for name, limit in zip(("--max-ttft", "--max-tpot"), limits, strict=True):
-        if limit is not None and not limit > 0:
-            raise UserError(f"{name} {limit}; use seconds, above 0")
-    load = Load(
-        num_requests=args.num_requests,
-        rate=args.rate,
-        concurrency=16 if args.concurrency is None else args.concurrency,
-        warmup=args.warmup,
-        input_tokens=Lengths.parse(args.input_tokens, "--input-tokens"),
-        output_tokens=Lengths.parse(args.output_tokens, "--output-tokens"),
-        shared_prefix=args.shared_prefix,
-        vocab_size=args.vocab_size or (config.model.vocab_size if config else 256),
-        seed=args.seed,
-    )
-    keys = read_keys(args.api_key_file or (), os.environ)
-    given = {"model": args.name, "key": keys[0] if keys else None, "limits": limits}
-    if args.url is not None:
-        results = bench_serve(args.url, load, **given)
-    else:
-        set_here = [f"--{name}={value}" for name, value in args.overrides.items()]
-        named = {"--name": args.name, "--devices": args.devices}
-        set_here += [f"{name}={value}" for name, value in named.items() if value is not None]
-        set_here += [f"--api-key-file={file}" for file in args.api_key_file or ()]
-        # Whoever ends this process means its server too.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        results = bench_own(args.source, set_here, load, **given)
-    print(json.dumps(results) if args.json else table(results))
-
-
-def _collectives_config() -> Any:
-    from jaxgen.collectives import CollectivesConfig
-
-    return CollectivesConfig()
-
-
 def _doctor(args: argparse.Namespace, config: Any) -> int:
-    _start()
+    join()
     from jaxgen.doctor import examine
 
     return 0 if examine() else 1
@@ -314,7 +231,7 @@ SAMPLING = (
     *("--max-tokens", "--min-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
     *("--presence-penalty", "--frequency-penalty", "--repetition-penalty", "--seed"),
 )
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "train": Command("Trains a model, or resumes its run.", _train, CONFIG, ("--run-dir",)),
     "generate": Command(
         "Continues texts with a trained model.",
@@ -351,28 +268,7 @@ COMMANDS = {
     ),
     "data pack": Command("Tokenises and packs the data, once.", _data_pack, CONFIG, ()),
     "data show": Command("Shows what the model sees.", _data_show, CONFIG, ("--step",)),
-    "bench train": Command(
-        "Times the start and the training step.", _bench_train, CONFIG, ("--steps", "--json")
-    ),
-    "bench collectives": Command(
-        "Times collectives over every mesh axis.",
-        _bench_collectives,
-        CONFIG,
-        ("--min-bytes", "--max-bytes", "--dtype", "--iterations", "--json"),
-        _collectives_config,
-    ),
-    "bench serve": Command(
-        "Times a server under load, of its own or any that speaks as OpenAI's.",
-        _bench_serve,
-        MODEL,
-        (
-            *("--url", "--name", "--api-key-file", "--concurrency", "--rate", "--num-requests"),
-            *("--warmup", "--input-tokens", "--output-tokens", "--shared-prefix", "--vocab-size"),
-            *("--max-ttft", "--max-tpot", "--seed", "--json"),
-        ),
-        lambda: None,
-        serves=True,
-    ),
+    **BENCHMARKS,
     "doctor": Command(
         "Checks kernels, collectives and meshes on these devices.", _doctor, "", (), lambda: None
     ),
