@@ -56,3 +56,15 @@ def bucket(request):
 
     with serving(request.param) as found:
         yield found
+
+
+@pytest.fixture
+def on_gpu():
+    """Compiles for a GPU that is not there: programs can be lowered for it."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
+    )
+    axes = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axes, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield device

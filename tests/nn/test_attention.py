@@ -224,6 +224,21 @@ def test_triton_is_xla(packed):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.smoke
+def test_triton_is_three_kernels_on_a_gpu(on_gpu):
+    def loss(q, k, v, segments):
+        out = flash_gpu.triton(q, k, v, segments, scale=0.1, device=on_gpu)
+        return out.astype(jnp.float32).sum()
+
+    shapes = [((2, 128, 4, 64), jnp.bfloat16), *[((2, 128, 2, 64), jnp.bfloat16)] * 2]
+    args = [jax.ShapeDtypeStruct(*shape) for shape in [*shapes, ((2, 128), jnp.int32)]]
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
+        assert f'{name}"' in program.replace("\\22", '"')
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -11,10 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as kernel
 
 from jaxgen.errors import UserError
-from jaxgen.nn import paged_ragged
+from jaxgen.nn import paged_ragged, paged_triton
 from jaxgen.nn.attention import attend
 from jaxgen.nn.paged import GatherPages, attend_paged, empty_pages
 from jaxgen.nn.paged_ragged import RaggedPages
+from jaxgen.nn.paged_triton import TritonPages
 from jaxgen.sharding import MeshConfig, Rules, make_mesh
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH, PAGE = 4, 302, 4, 2, 16, 16
@@ -114,6 +115,21 @@ def test_triton_pages_give_what_whole_rows_give(mesh, option):
     for row, end in enumerate(ENDS):
         np.testing.assert_allclose(out[row, :end], whole[row, :end], atol=2e-6)
     assert np.all(np.isfinite(out))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.smoke
+@pytest.mark.parametrize("int8", [False, True])
+def test_triton_pages_are_read_by_one_kernel_on_a_gpu(int8, on_gpu):
+    new = [jax.ShapeDtypeStruct((4, 1, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
+    shape = (65 * 2, PAGE * (64 + 4 * int8))
+    pages = TritonPages(*[jax.ShapeDtypeStruct(shape, jnp.int8 if int8 else jnp.bfloat16)] * 2)
+    table, *spans = (jax.ShapeDtypeStruct((4, n), jnp.int32) for n in (16, 1, 1))
+    who = {"window": None, "soft_cap": None, "scale": 0.1, "split": ()}
+    read = jax.jit(functools.partial(paged_triton.attend, **who))
+    traced = read.trace(*new, pages, table, *spans)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1
 
 
 @pytest.mark.parametrize("option", OPTIONS)
