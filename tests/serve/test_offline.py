@@ -51,7 +51,7 @@ def test_answers_are_those_of_generate(tmp_path):
     source, config = write(tmp_path / "in.jsonl", [*records, " "]), {"vocab_size": 260}
     sampling = SamplingConfig(max_tokens=12, temperature=0.9, top_p=0.95, seed=5)
     model = dataclasses.replace(CONFIG, max_seq_len=64, **config)
-    settings = EngineConfig(max_num_seqs=4, prefill_chunk=16, block_size=8, kv_blocks=60)
+    settings = EngineConfig(max_num_seqs=2, prefill_chunk=16, block_size=8, kv_blocks=60)
     with jax.set_mesh(mesh_of(ONE)), Engine(make(model), WORDS, settings) as engine:
         lines = lines_of(source, sampling, vocab_size=260, max_seq_len=64)
         assert lines.count() == len(records)

@@ -67,7 +67,7 @@ def both():
     """A server, and the model by itself."""
     config = dataclasses.replace(CONFIG, vocab_size=VOCAB, max_seq_len=LENGTH)
     words = served().tokenizer
-    settings = EngineConfig(max_num_seqs=4, prefill_chunk=32, block_size=8, kv_blocks=800)
+    settings = EngineConfig(max_num_seqs=4, prefill_chunk=16, block_size=8, kv_blocks=800)
     mesh = mesh_of(ONE)
     with jax.set_mesh(mesh):
         model = make(config)

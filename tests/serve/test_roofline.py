@@ -106,7 +106,8 @@ def test_a_meter_counts_from_when_the_device_was_free(monkeypatch):
 
 
 def test_an_engine_counts_its_own_decoding():
-    with jax.set_mesh(mesh_of(ONE)), Engine(make(), config=SMALL) as engine:
+    config = dataclasses.replace(SMALL, max_num_seqs=1)
+    with jax.set_mesh(mesh_of(ONE)), Engine(make(), config=config) as engine:
         cost = engine._core.meter._cost
         # One prompt of one chunk; its first token comes from reading it, the others from bursts.
         (piece,) = engine.generate([[1, 2, 3]], SamplingConfig(max_tokens=20))

@@ -245,7 +245,7 @@ def test_keys_come_from_files_and_the_environment(tmp_path):
 def test_texts_are_the_engines_own():
     config = dataclasses.replace(CONFIG, vocab_size=260, max_seq_len=64)
     words = tokenizer()
-    settings = EngineConfig(max_num_seqs=4, prefill_chunk=16, block_size=8, kv_blocks=60)
+    settings = EngineConfig(max_num_seqs=2, prefill_chunk=16, block_size=8, kv_blocks=60)
     with jax.set_mesh(mesh_of(ONE)), Engine(make(config), words, settings) as engine:
         model = Served(
             name="small",
