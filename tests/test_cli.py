@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from formats.small_folders import write_folder
 
@@ -260,6 +262,7 @@ def test_generate_takes_a_folder_on_a_mesh(capsys, model):
     assert capsys.readouterr().out != drawn
 
 
+@pytest.mark.full
 def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
     # Drafts of a model as large as the other would otherwise never be tried.
     monkeypatch.setattr("jaxgen.serve.speculate.drafting_cost", lambda *_: 0.0)
@@ -269,6 +272,23 @@ def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
     drawn = capsys.readouterr().out
     assert main([*argv, "--draft", model]) == 0
     assert capsys.readouterr().out == drawn
+
+
+def test_a_draft_model_is_read_and_given_on(capsys, model, monkeypatch):
+    given = []
+
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft):
+        given.append((model, draft))
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr("jaxgen.serve.generate.generate_text", generate_text)
+    argv = ["generate", model, "--prompt", "hello"]
+    assert main([*argv, "--draft", model]) == 0
+    ((large, draft),) = given
+    assert draft is not large
+    for mine, theirs in zip(jax.tree.leaves(draft), jax.tree.leaves(large), strict=True):
+        assert np.array_equal(mine, theirs)
+    capsys.readouterr()
     assert main([*argv, "--draft", "nowhere"]) == 2
     assert "nowhere is no model" in capsys.readouterr().err
     monkeypatch.setattr("jaxgen.serve.server.serve", lambda name, start, **_: start())

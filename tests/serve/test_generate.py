@@ -70,7 +70,9 @@ def test_a_row_is_the_same_alone_and_in_a_ragged_batch(generator, sampling):
     assert generator(RAGGED[::-1], sampling) == together[::-1]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, marks=pytest.mark.full), False], ids=["whole", "split"]
+)
 def test_a_mesh_gives_the_tokens_of_one_device(generator, whole, monkeypatch):
     monkeypatch.setattr(weights, "_fits", lambda *_: whole)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, dataclasses.replace(DRAWN, seed=8)]
@@ -96,7 +98,8 @@ def test_tokens_split_over_context_give_the_tokens_of_one_device(generator, mesh
     """Rows of up to 120 tokens in 2 pages, of which a device has 32 tokens or fewer."""
     config, devices = CONTEXTS[mesh]
     prompts, samplings = prompts_of(3, 111, 40, 65), [GREEDY, GREEDY, DRAWN, DRAWN]
-    small = EngineConfig(max_num_seqs=4, block_size=64 // config.context, kv_blocks=4)
+    block_size = 64 // config.context
+    small = EngineConfig(max_num_seqs=4, prefill_chunk=16, block_size=block_size, kv_blocks=4)
     expected = generator(prompts, samplings)
     with jax.set_mesh(mesh_of((config, devices))):
         sharded = Generator(make(), config=small)
@@ -137,7 +140,7 @@ def test_experts_give_the_tokens_of_one_device(mesh, monkeypatch):
     config, dispatch, whole = EXPERTS[mesh]
     monkeypatch.setattr(weights, "_fits", lambda *_: whole)
     moe = MoEConfig(num_experts=4, num_experts_per_tok=2, shared_mlp_dim=16, router="sigmoid")
-    experts = dataclasses.replace(CONFIG, moe=moe)
+    experts = dataclasses.replace(CONFIG, moe=moe, num_layers=1, layer_pattern=("local",))
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
     with jax.set_mesh(mesh_of(ONE)):
         expected = Generator(make(experts))(RAGGED, samplings)

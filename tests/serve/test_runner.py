@@ -87,7 +87,11 @@ def test_a_burst_ends_with_its_last_row():
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "token_bytes"), [("auto", 4 * CONFIG.head_dim), ("int8", CONFIG.head_dim + 4)]
+    ("kv_dtype", "token_bytes"),
+    [
+        pytest.param("auto", 4 * CONFIG.head_dim, marks=pytest.mark.full),
+        ("int8", CONFIG.head_dim + 4),
+    ],
 )
 def test_pages_fill_the_memory_that_programs_leave(kv_dtype, token_bytes, monkeypatch):
     config = dataclasses.replace(SMALL, kv_blocks=None, kv_dtype=kv_dtype)

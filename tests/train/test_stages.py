@@ -97,7 +97,12 @@ def of_one_device(name):
         pytest.param("g", FOUR, (4, 2), None, id="pipeline4_repeats2", marks=FULL),
         pytest.param("l", EIGHT, (8, 1), Remat(), id="pipeline8", marks=FULL),
         pytest.param(
-            "g", MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2), (4, 1), Remat(), id="data_tensor"
+            "g",
+            MeshConfig(data=2, fsdp=1, pipeline=2, tensor=2),
+            (4, 1),
+            Remat(),
+            id="data_tensor",
+            marks=FULL,
         ),
         pytest.param("g", BOTH, (8, 1), None, id="pipeline4_fsdp2", marks=FULL),
         pytest.param("l", MIXED, (2, 2), Remat(), id="fsdp2_pipeline2_tensor2"),
