@@ -5,6 +5,7 @@ ever writes a weight out in a float.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,7 @@ def multiply(
     return y * jnp.expand_dims(scale, tuple(range(y.ndim - scale.ndim)))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _by_blocks(x, values, over_rows: bool) -> jax.Array:
     """Returns x [M, K] times values, [K, N] if `over_rows` or else [N, K], some rows at a time."""
     num_rows = values.shape[0]
