@@ -10,7 +10,8 @@ from jaxgen.serve.engine import Engine
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.serve.schema import Served
 
-_RELOAD = record({"model": {"type": "string", "minLength": 1}}, ["model"])
+_LOCATION = {"type": "string", "minLength": 1}
+_RELOAD = record({"model": _LOCATION, "draft": _LOCATION}, ["model"])
 
 
 def describe(name: str, source: Pretrained, engine: Engine) -> Served:
@@ -40,22 +41,27 @@ def describe(name: str, source: Pretrained, engine: Engine) -> Served:
     )
 
 
-def location_of(body: bytes) -> str:
-    """Returns where the weights are that a body asks for: {"model": LOCATION}.
+def locations_of(body: bytes) -> tuple[str, str | None]:
+    """Returns where the weights are that a body asks for: {"model": LOCATION, "draft": LOCATION}.
+
+    Without "draft", a draft model keeps its own.
 
     Raises:
         Refused: it is something else.
     """
     given = parse(body)
     check(given, _RELOAD)
-    return given["model"]
+    return given["model"], given.get("draft")
 
 
-def reload(location: str, name: str, engine: Engine) -> tuple[Served, dict[str, Any]]:
+def reload(
+    locations: tuple[str, str | None], name: str, engine: Engine
+) -> tuple[Served, dict[str, Any]]:
     """Replaces the weights of an engine, and returns when the new ones serve.
 
     Args:
-        location: of a model, as `open_model` takes it.
+        locations: of a model, as `open_model` takes it, and of a draft model, if its weights are to
+            be replaced, too.
         name: of the model in requests.
         engine: that serves it.
 
@@ -65,11 +71,12 @@ def reload(location: str, name: str, engine: Engine) -> tuple[Served, dict[str, 
     Raises:
         UserError: it cannot be, and the old weights serve on.
     """
+    location, draft = locations
     before, began = engine.weight_version, time.monotonic()
     try:
         source = open_model(location)
         described = describe(name, source, engine)
-        done = engine.reload(source)
+        done = engine.reload(source, draft=draft)
     except OSError as error:
         raise UserError(f"{location} cannot be read ({error}); make it readable") from None
     seconds = time.monotonic() - began
@@ -78,4 +85,7 @@ def reload(location: str, name: str, engine: Engine) -> tuple[Served, dict[str, 
         f"of which nothing was computed for {done.pause_s:.3f} s",
         flush=True,
     )
-    return described, {"previous_version": before, **done._asdict()}
+    told: dict[str, Any] = {"previous_version": before, **done._asdict()}
+    if engine.config.speculation == "draft":
+        told["draft"] = "kept" if draft is None else "replaced"
+    return described, told

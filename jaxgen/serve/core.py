@@ -100,6 +100,11 @@ class EngineCore:
                     f"the constraint's mask is {mask.dtype}{list(mask.shape)} and model.vocab_size="
                     f"{vocab_size}; use uint32[{-(-vocab_size // 32)}], a bit for each token"
                 )
+            if not mask.any():
+                raise UserError(
+                    "the constraint lets no token in; give it one that an answer can meet"
+                )
+            request.mask = request.lengthened(mask)
         with self.changed:
             self.scheduler.submit(request, bounded=bounded)
             self.changed.notify_all()
@@ -154,15 +159,28 @@ class EngineCore:
                     came.append((row.request, taken))
         return came
 
-    def stage(self, source: Source) -> list[jax.Array]:
+    def stage(self, source: Source, draft: Source | None = None) -> list[jax.Array]:
         """Returns other weights on the host, for `replace`; in any thread.
 
+        Args:
+            source: of the model.
+            draft: of the draft model; None if its weights stay.
+
         Raises:
-            UserError: they are not there, damaged, not finite, or of another model.
+            UserError: they are not there, damaged, not finite, or of another model; or there is no
+                draft model.
         """
-        running = self.runner.model
-        dtype, weights = running.compute.dtype, self.config.weights
-        return stage(source, running, lambda model: for_serving(model, dtype, weights))
+        running, weights = self.runner.model, self.config.weights
+
+        def convert(model: Decoder) -> Decoder:
+            return for_serving(model, running.compute.dtype, weights)
+
+        if draft is None:
+            return stage(source, running, convert)
+        if self.runner.draft is None:
+            raise UserError("there is no draft model to replace; leave draft out")
+        staged = stage(draft, self.runner.draft, convert)
+        return stage(source, running, convert) + staged
 
     def replace(self, staged: list[jax.Array]) -> None:
         """Goes on with other weights, which `stage` has returned, once everything has landed.

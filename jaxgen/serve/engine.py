@@ -189,7 +189,9 @@ class Engine:
             raise
         return results
 
-    def reload(self, source: Source, *, version: str | None = None) -> Reloaded:
+    def reload(
+        self, source: Source, *, version: str | None = None, draft: Source | None = None
+    ) -> Reloaded:
         """Goes on with other weights of the same model, and returns when they serve.
 
         Requests wait meanwhile and none is lost; nothing is compiled. An answer that has begun goes
@@ -201,10 +203,13 @@ class Engine:
             source: a model, or where one is: a run directory, a checkpoint, a Hugging Face folder.
             version: names the weights; None for the fingerprint of the files, or for a model the
                 number of reloads.
+            draft: likewise, of the draft model; None if its weights stay: answers are the same,
+                but fewer drafts may stand.
 
         Raises:
             ReloadRunning: another one is.
-            UserError: they are not there, damaged, not finite, or of another model.
+            UserError: they are not there, damaged, not finite, or of another model; or there is no
+                draft model.
         """
         if not self._reloading.acquire(blocking=False):
             raise ReloadRunning("weights are being loaded already; try again when they are")
@@ -215,7 +220,7 @@ class Engine:
                 source = source if isinstance(source, Pretrained) else open_model(source)
                 check_tokenizer(source, self._tokenizer)
                 version = version or source.fingerprint
-            version, staged = version or str(core.reloads + 1), core.stage(source)
+            version, staged = version or str(core.reloads + 1), core.stage(source, draft)
             read_s = time.monotonic() - began
             with core.changed:
                 self._check_open()

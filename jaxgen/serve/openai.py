@@ -167,9 +167,9 @@ class Api:
         # A server that is told to stop waits for it, as for any other answer.
         self.answering += 1
         try:
-            location = await self.read(request, admin.location_of)
+            locations = await self.read(request, admin.locations_of)
             # Not in one of the few threads that read bodies: it may take minutes.
-            work = functools.partial(admin.reload, location, served.name, engine)
+            work = functools.partial(admin.reload, locations, served.name, engine)
             self._served, done = await asyncio.get_running_loop().run_in_executor(None, work)
         finally:
             self.answering -= 1

@@ -129,19 +129,20 @@ class Runner:
     def replace(self, staged: list[jax.Array]) -> None:
         """Takes other weights, all alike but for their values, out of a list of arrays anywhere.
 
-        Nothing may run. Leaf by leaf: devices hold one of them besides one model.
+        Nothing may run. Leaf by leaf: devices hold one of them besides the models.
+
+        Args:
+            staged: the model's, and then the draft model's unless those stay.
         """
-        weights, structure = jax.tree.flatten(self.model)
-        # Without arrays, which would be owned once more. Those of a draft model stay.
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in weights]
-        shardings = [leaf.sharding for leaf in weights]
-        self.model = jax.tree.unflatten(structure, shapes)
-        del weights
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._weights]
+        shardings = [leaf.sharding for leaf in self._weights[: len(staged)]]
+        # Without arrays, which would be owned once more.
+        self.model, self.draft = jax.tree.unflatten(self._structure, shapes)
         for i, sharding in enumerate(shardings):
             self._weights[i] = None
             self._weights[i] = jax.device_put(staged.pop(0), sharding)
         jax.block_until_ready(self._weights)
-        self.model = jax.tree.unflatten(structure, self._weights[: len(shapes)])
+        self.model, self.draft = jax.tree.unflatten(self._structure, self._weights)
 
     def _read(self, chunks: list[Chunk]) -> Delivery:
         size = self._chunk_size(max(chunk.size for chunk in chunks))

@@ -77,7 +77,7 @@ class Scheduler:
         return not self._waiting and not self.rows
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
-        """Takes a request into the queue.
+        """Takes a request, with the first mask of its constraint, into the queue.
 
         Raises:
             QueueFull: too many wait already, and the request is `bounded` by that.
@@ -102,8 +102,6 @@ class Scheduler:
                 f"{len(request.prompt)} of this one there would be more than max_queued_tokens="
                 f"{self.max_queued_tokens}; try again later"
             )
-        if not request.look_ahead():
-            raise UserError("the constraint lets no token in; give it one that an answer can meet")
         request.arrival = next(self._arrivals)
         self._queue(request)
 

@@ -20,7 +20,7 @@ from jaxgen.serve.admin import describe
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.generate import Generator
-from jaxgen.serve.reload import ReloadRunning
+from jaxgen.serve.reload import Reloaded, ReloadRunning
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.serve.weights import for_serving
 from jaxgen.sharding import MeshConfig, make_mesh
@@ -142,7 +142,7 @@ def test_what_goes_wrong_while_weights_are_replaced_reaches_who_asked(monkeypatc
 
     def when_staged(engine, act):
         stage = engine._core.stage
-        monkeypatch.setattr(engine._core, "stage", lambda source: (stage(source), act())[0])
+        monkeypatch.setattr(engine._core, "stage", lambda *args: (stage(*args), act())[0])
 
     answers = []
     monkeypatch.setattr(first._core.runner, "replace", broken)
@@ -270,10 +270,34 @@ def test_what_cannot_replace_the_weights_changes_nothing(server, folders, folder
 
 
 def test_bodies_that_say_nothing_are_refused(server):
-    for body in ({}, {"model": 3}, {"model": ""}, {"model": "x", "more": 1}, []):
+    for body in (
+        {},
+        {"model": 3},
+        {"model": ""},
+        {"model": "x", "draft": ""},
+        {"model": "x", "more": 1},
+        [],
+    ):
         headers = KEY | {"Content-Type": "application/json"}
         refused = server.http.post("/admin/reload", content=json.dumps(body), headers=headers)
         assert refused.status_code == 400
+
+
+def test_a_draft_model_is_replaced_where_the_body_says_so(server, folders, monkeypatch):
+    refused = load(server, folders / "b", draft=str(folders / "b"))
+    assert refused.status_code == 400
+    assert "there is no draft model to replace" in refused.json()["error"]["message"]
+    config, asked = dataclasses.replace(server.engine.config, speculation="draft"), []
+    monkeypatch.setattr(server.engine._core, "config", config)
+    monkeypatch.setattr(
+        server.engine,
+        "reload",
+        lambda source, draft: asked.append((source.location, draft)) or Reloaded("1", 0.0, 0.0),
+    )
+    a, b = (str(folders / name) for name in "ab")
+    assert load(server, a).json()["draft"] == "kept"
+    assert load(server, a, draft=b).json()["draft"] == "replaced"
+    assert asked == [(a, None), (a, b)]
 
 
 def test_one_at_a_time(server, folders):

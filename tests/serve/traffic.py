@@ -185,6 +185,7 @@ class Traffic:
             constraint=Every(pick.randrange(1, 16)) if pick.random() < self.constrained else None,
         )
         try:
+            assert request.look_ahead()
             self.scheduler.submit(request)
         except QueueFull:
             self.refused += 1
