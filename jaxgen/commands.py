@@ -81,7 +81,7 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
         max_num_seqs=min(total, MAX_NUM_SEQS), speculation="draft" if draft else "off"
     )
     with jax.set_mesh(mesh):
-        engine = Engine(model, tokenizer, settings, draft=draft)
+        engine = Engine(model, tokenizer, settings, draft=draft, donate=True)
     with engine:
         stop_ids = args.model.generation.stop_ids
         answer_lines(engine, lines, args.output, total=total, stop_ids=stop_ids)
@@ -150,7 +150,9 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         read_s = time.monotonic() - began
         _say(f"compiling, after {read_s:.1f} s")
         with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer, settings, draft=draft, weight_version=version)
+            engine = Engine(
+                model, tokenizer, settings, draft=draft, weight_version=version, donate=True
+            )
         compilations = engine.stats().compilations
         _say(f"{compilations} programs compiled, ready after {time.monotonic() - began:.1f} s")
         return describe(name, args.model, engine), engine

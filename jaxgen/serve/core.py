@@ -1,5 +1,6 @@
 """The engine without a thread: requests go in, and every step brings some tokens."""
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,11 +44,13 @@ class EngineCore:
         config: EngineConfig,
         dtype: Dtype | None = None,
         draft: Decoder | None = None,
+        *,
+        donate: bool = False,
     ):
         """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
         self.config = config
-        draft = None if draft is None else for_serving(draft, dtype, config.weights)
-        self.runner = Runner(for_serving(model, dtype, config.weights), config, draft)
+        copy = functools.partial(for_serving, dtype=dtype, weights=config.weights, donate=donate)
+        self.runner = Runner(copy(model), config, None if draft is None else copy(draft))
         self.pools = [
             Blocks(self.runner.num_pages, self.runner.block_size, prefix_cache=config.prefix_cache)
             for _ in range(self.runner.shards)
@@ -172,8 +175,8 @@ class EngineCore:
         """
         running, weights = self.runner.model, self.config.weights
 
-        def convert(model: Decoder) -> Decoder:
-            return for_serving(model, running.compute.dtype, weights)
+        def convert(model: Decoder, donate: bool) -> Decoder:
+            return for_serving(model, running.compute.dtype, weights, donate=donate)
 
         if draft is None:
             return stage(source, running, convert)

@@ -52,6 +52,7 @@ class Engine:
         dtype: Dtype | None = None,
         draft: Decoder | None = None,
         weight_version: str = "0",
+        donate: bool = False,
     ):
         """Compiles everything and starts the thread.
 
@@ -63,6 +64,7 @@ class Engine:
             draft: a smaller model of the same vocabulary on the same mesh, for
                 `speculation="draft"`.
             weight_version: names the weights in what the engine says of itself.
+            donate: whether the models are of no use any more: they are freed as they are copied.
 
         Raises:
             UserError: the mesh cannot serve, or is one of several processes; the draft model does
@@ -73,7 +75,7 @@ class Engine:
                 f"an engine serves from one process and there are {jax.process_count()}, which "
                 "would each see other requests first; use jaxgen.Generator, alike in all of them"
             )
-        self._core = EngineCore(model, config or EngineConfig(), dtype, draft)
+        self._core = EngineCore(model, config or EngineConfig(), dtype, draft, donate=donate)
         self._tokenizer = tokenizer
         if tokenizer is not None:
             check_vocab(tokenizer, self._core.runner.model.config.vocab_size)

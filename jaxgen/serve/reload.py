@@ -38,14 +38,15 @@ Source = Decoder | Pretrained | str | os.PathLike
 
 
 def stage(
-    source: Source, running: Decoder, convert: Callable[[Decoder], Decoder]
+    source: Source, running: Decoder, convert: Callable[[Decoder, bool], Decoder]
 ) -> list[jax.Array]:
-    """Returns a model's weights in the host's memory; the host holds them twice for a while.
+    """Returns a model's weights in the host's memory.
 
     Args:
         source: where they are from.
         running: the model that they are for.
-        convert: makes of a model one like `running`, on any mesh.
+        convert: makes of a model one like `running`, on any mesh; and whether the model is of no
+            use any more.
 
     Raises:
         UserError: they are not there, damaged, not finite, or of another model; or JAX has no CPU.
@@ -68,7 +69,7 @@ def stage(
         _check_config(where, source.config, running.config)
         model = source.read(abstract_model(source.serve_config(), mesh, source.dtype))
     with jax.set_mesh(mesh):
-        model = convert(model)
+        model = convert(model, not isinstance(source, Decoder))
         params = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)[0]
         for path, param in params:
             if not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(param)):

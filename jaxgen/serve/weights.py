@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -22,7 +23,9 @@ from jaxgen.sharding import Rules, logical_to_mesh
 Dtype = Literal["bfloat16", "float32"]
 
 
-def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "auto") -> Decoder:
+def for_serving(
+    model: Decoder, dtype: Dtype | None = None, weights: Weights = "auto", *, donate: bool = False
+) -> Decoder:
     """Returns a copy of a model for decoding; call it inside the mesh.
 
     - Layers are a list: a scan copies every layer's weights and its cache for every token. This
@@ -34,6 +37,8 @@ def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "
       for every token, and gathering them would take far longer than reading. Otherwise they stay
       split, and each layer is gathered when it runs.
     - They are whole over `context`, which splits the cache alone: there is one token at a time.
+    - With `donate` each parameter is freed once it is converted, and the model is of no use any
+      more: devices hold one model and the largest stack.
 
     Raises:
         UserError: the mesh has stages; decoding has one token at a time.
@@ -57,22 +62,24 @@ def for_serving(model: Decoder, dtype: Dtype | None = None, weights: Weights = "
     make = functools.partial(Decoder, model.config, compute=compute, rules=rules)
     shape = jax.eval_shape(lambda: make(key=jax.random.key(0)).unstacked())
 
-    def convert(param: nnx.Param, layer: int | None = None) -> nnx.Param:
+    def convert(param: nnx.Param, layers: Iterable[int] | None = None) -> list[nnx.Param]:
         # CPU devices with few threads wait for each other for ever where several gathers are begun.
-        return jax.block_until_ready(
-            converted(param, layer, dtype=dtype, weights=weights, rules=rules)
-        )
+        made = [
+            jax.block_until_ready(converted(param, at, dtype=dtype, weights=weights, rules=rules))
+            for at in (layers or [None])
+        ]
+        # What is neither cut nor computed with may be the array itself.
+        if donate and (layers or not isinstance(param, Elementwise)):
+            param[...].delete()
+        return made
 
     graph = jax.tree.map(lambda leaf: leaf, model)
     stacks, structure = jax.tree.flatten(graph.layers, is_leaf=_is_param)
     graph.layers = nnx.List([])
-    graph = jax.tree.map(convert, graph, is_leaf=_is_param)
-    graph.layers = nnx.List(
-        [
-            jax.tree.unflatten(structure, [convert(param, layer) for param in stacks])
-            for layer in range(model.config.num_layers)
-        ]
-    )
+    graph = jax.tree.map(lambda param: convert(param)[0], graph, is_leaf=_is_param)
+    by_param = [convert(param, range(model.config.num_layers)) for param in stacks]
+    layers = [jax.tree.unflatten(structure, params) for params in zip(*by_param, strict=True)]
+    graph.layers = nnx.List(layers)
     params = jax.tree.leaves(graph, is_leaf=_is_param)
     return jax.tree.unflatten(jax.tree.structure(shape, is_leaf=_is_param), params)
 

@@ -1,6 +1,7 @@
 """Decoding with weights in int8: what is stored, on every mesh, and what is answered."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,34 @@ def test_a_mesh_computes_the_same(alone, mesh, fits, monkeypatch):
         np.testing.assert_allclose(logits(split), expected, atol=1e-5)
     for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(split), strict=True):
         # Bit by bit: the largest of each channel is found over all devices.
+        np.testing.assert_array_equal(one, other)
+
+
+def live_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("stored", ["auto", "int8"])
+def test_of_a_donated_model_no_more_is_kept_than_its_largest_stack(stored, monkeypatch):
+    convert, peaks = weights.converted, []
+
+    def watched(*args, **how):
+        made = convert(*args, **how)
+        peaks.append(live_bytes() - before)
+        return made
+
+    with jax.set_mesh(mesh_of(ONE)):
+        expected = jax.tree.leaves(for_serving(make(TIED), weights=stored))
+        before = live_bytes()
+        model = make(TIED)
+        size = live_bytes() - before
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(model))
+        assert size > 3 * largest
+        monkeypatch.setattr(weights, "converted", watched)
+        found = jax.tree.leaves(for_serving(model, weights=stored, donate=True))
+    assert max(peaks) <= size + largest
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

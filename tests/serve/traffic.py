@@ -184,8 +184,8 @@ class Traffic:
             priority=pick.choice([0, 0, 0, 1, -1]),
             constraint=Every(pick.randrange(1, 16)) if pick.random() < self.constrained else None,
         )
+        assert request.look_ahead()
         try:
-            assert request.look_ahead()
             self.scheduler.submit(request)
         except QueueFull:
             self.refused += 1
