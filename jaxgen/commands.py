@@ -47,7 +47,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
     mesh = make_mesh(config.mesh)
     model, tokenizer = load_model(args.model, config, mesh)
-    more = {"chat": args.chat, "draft": _load_draft(args, config, mesh)}
+    more = {"chat": args.chat, "draft": _load_draft(args, config, mesh), "donate": True}
     with jax.set_mesh(mesh):
         completions = generate_text(model, tokenizer, prompts, samplings, stop_ids, **more)
     for prompt, completion in zip(prompts, completions, strict=True):

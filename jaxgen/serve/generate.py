@@ -28,10 +28,11 @@ class Generator:
         dtype: Dtype | None = None,
         config: EngineConfig | None = None,
         draft: Decoder | None = None,
+        donate: bool = False,
     ):
         """Makes copies of the model, and of a draft model, for decoding; see `for_serving`."""
         config = config or EngineConfig(max_num_seqs=MAX_NUM_SEQS)
-        self.core = EngineCore(model, config, dtype, draft)
+        self.core = EngineCore(model, config, dtype, draft, donate=donate)
         self.model = self.core.runner.model
 
     def __call__(
@@ -100,17 +101,23 @@ def generate_text(
     *,
     chat: bool = False,
     draft: Decoder | None = None,
+    donate: bool = False,
 ) -> list[str]:
     """Returns the text that follows each prompt, up to a stop id or the tokenizer's end of text.
 
     With `chat` a prompt is a user's message and the text an answer, by the model's chat template.
     A `draft` model makes it faster, where it is right often enough; a `Generator` has its own.
+    With `donate` models are freed as they are copied, and of no use any more.
 
     Raises:
         UserError: as `Generator`, or the tokenizer has tokens that the model has not, or no chat
             template.
     """
-    generator = model if isinstance(model, Generator) else _for_so_many(model, len(prompts), draft)
+    generator = (
+        model
+        if isinstance(model, Generator)
+        else _for_so_many(model, len(prompts), draft=draft, donate=donate)
+    )
     check_vocab(tokenizer, generator.model.config.vocab_size)
     if chat:
         ids = [
@@ -122,9 +129,11 @@ def generate_text(
     return [tokenizer.decode(row) for row in generator(ids, sampling, stops)]
 
 
-def _for_so_many(model: Decoder, num_prompts: int, draft: Decoder | None = None) -> Generator:
+def _for_so_many(
+    model: Decoder, num_prompts: int, *, draft: Decoder | None = None, donate: bool = False
+) -> Generator:
     """Returns a generator whose cache has room for so many prompts and not for more."""
     slots = min(max(num_prompts, 1), MAX_NUM_SEQS)
     speculation = "off" if draft is None else "draft"
     config = EngineConfig(max_num_seqs=slots, speculation=speculation)
-    return Generator(model, config=config, draft=draft)
+    return Generator(model, config=config, draft=draft, donate=donate)

@@ -97,8 +97,10 @@ def test_what_runs_goes_on_and_what_comes_is_as_on_a_new_engine(name, monkeypatc
     step, restart = core.step, core.scheduler.restart
 
     def until_it_is_there():
-        if core.tokens_generated > LATER.sampling.max_tokens + 20:
-            wait_for(lambda: core.reloads or engine._staged)
+        if not core.reloads:
+            wait_for(lambda: len(engine._answers) == len(RUNNING))
+            if all(request.output for request in engine._answers):
+                wait_for(lambda: engine._staged)
         return step()
 
     def noting(salt):
