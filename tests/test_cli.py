@@ -239,10 +239,11 @@ def model(tmp_path_factory):
 def test_generate_draws_as_the_model_says_unless_it_is_told(
     monkeypatch, capsys, model, argv, changes
 ):
-    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft, donate):
         assert (set(stop_ids), tokenizer.eos_id) == ({7, 257}, 257)
         assert not chat
         assert draft is None
+        assert donate
         said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1} | changes
         assert samplings == [SamplingConfig(seed=seed, **said) for seed in (4, 5)]
         return [prompt.upper() for prompt in prompts]

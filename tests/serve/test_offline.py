@@ -195,7 +195,8 @@ def test_the_command_answers_a_file_at_any_location(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("jaxgen.compiler.enable_compilation_cache", lambda: None)
     made = []
 
-    def engine(model, tokenizer, config, draft):
+    def engine(model, tokenizer, config, draft, donate):
+        assert donate
         assert draft is None
         made.append(config.max_num_seqs)
         return EchoEngine(tokenizer)
