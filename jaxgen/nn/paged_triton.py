@@ -86,7 +86,8 @@ def attend(
     width = table.shape[1] * here.size
     parts = min(pl.cdiv(PROGRAMS, rows * blocks), pl.cdiv(width, SMALLEST_PART))
     # Keys are read up to the end of a block of them.
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pl.cdiv(KEYS, here.size))))
+    read = pl.cdiv(pl.cdiv(width, KEYS) * KEYS, here.size)
+    table = jnp.pad(table, ((0, 0), (0, read - table.shape[1])))
     real_BT = segments > 0
     spans_3B = jnp.stack(
         [
@@ -108,7 +109,7 @@ def attend(
     )
 
     def found(*dims):
-        return jax.ShapeDtypeStruct((parts, rows, num_queries + -num_queries % block, *dims), "f4")
+        return jax.ShapeDtypeStruct((parts, *q_RtH.shape[:2], *dims), jnp.float32)
 
     queries = pl.BlockSpec((None, block, head_dim), lambda row, i, part: (row, i, 0))
     out_PRtH, best_PRt, total_PRt = pl.pallas_call(

@@ -49,14 +49,14 @@ def tables(shards, width):
     return np.concatenate(lots).reshape(ROWS, width).astype(np.int32)
 
 
-def by_pages(mesh, options, **kept):
-    """Reads all rows cut by cut; rows that have ended have padding."""
+def by_pages(mesh, options, size=PAGE, **kept):
+    """Reads all rows cut by cut, in pages of a size; rows that have ended have padding."""
     config, devices = MESHES[mesh]
     with jax.set_mesh(make_mesh(config, jax.devices()[:devices])):
         rules = Rules().here()
         shards = Rules().shards("batch", jax.sharding.get_mesh())
-        width = -(-LENGTH // (PAGE * config.context))
-        shape = (ROWS // shards * width + 1, PAGE, (HEADS, KV_HEADS, WIDTH), jnp.dtype("float32"))
+        width = -(-LENGTH // (size * config.context))
+        shape = (ROWS // shards * width + 1, size, (HEADS, KV_HEADS, WIDTH), jnp.dtype("float32"))
         pages = empty_pages(rules, *shape, **kept)
         step = jax.jit(
             lambda q, k, v, pages, table, positions, segments: attend_paged(
@@ -107,11 +107,16 @@ def by_rows(option):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "option"),
-    [*(("one", option) for option in OPTIONS), ("split", "window"), ("all", "soft_cap")],
+    ("mesh", "option", "size"),
+    [
+        *(("one", option, PAGE) for option in OPTIONS),
+        ("one", "plain", 24),
+        ("split", "window", PAGE),
+        ("all", "soft_cap", PAGE),
+    ],
 )
-def test_triton_pages_give_what_whole_rows_give(mesh, option):
-    out, whole = by_pages(mesh, OPTIONS[option], backend="triton"), by_rows(option)
+def test_triton_pages_give_what_whole_rows_give(mesh, option, size):
+    out, whole = by_pages(mesh, OPTIONS[option], size, backend="triton"), by_rows(option)
     for row, end in enumerate(ENDS):
         np.testing.assert_allclose(out[row, :end], whole[row, :end], atol=2e-6)
     assert np.all(np.isfinite(out))
