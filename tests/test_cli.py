@@ -278,7 +278,8 @@ def test_a_draft_model_changes_no_answer(capsys, model, monkeypatch):
 def test_a_draft_model_is_read_and_given_on(capsys, model, monkeypatch):
     given = []
 
-    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft):
+    def generate_text(model, tokenizer, prompts, samplings, stop_ids, *, chat, draft, donate):
+        assert donate
         given.append((model, draft))
         return ["" for _ in prompts]
 
