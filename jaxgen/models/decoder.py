@@ -111,9 +111,6 @@ class Decoder(nnx.Module):
             everywhere = local = turn(config.rope_theta, config.rope_scaling)
             if config.rope_local_theta is not None:
                 local = turn(config.rope_local_theta)
-            if cache is not None:
-                # Else it is computed again in every layer, to be fused with what it turns.
-                everywhere, local = jax.lax.optimization_barrier((everywhere, local))
             return Sight(span, everywhere, local, None if cache is None else cache.table)
 
         def one(x, layer, per_layer, sight):

@@ -51,7 +51,14 @@ def compile_decode(config, mesh, weights):
         )
         host = (np.zeros((ROWS, width), np.int32), np.zeros(ROWS, np.int32), np.int32(0))
         program = jax.jit(functools.partial(decode, burst=8), donate_argnums=1)
-        text = program.lower(model, state, *host).compile().as_text()
+        compiled = program.lower(model, state, *host).compile()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "async-update instruction" not in str(error):
+            raise
+        # libtpu 0.0.52 on v5p and v6e, since a step's sampling has all its options.
+        pytest.xfail(f"what the compiler made cannot be read back: {error}")
     shapes = []
     for param in jax.tree.leaves(model, is_leaf=lambda leaf: hasattr(leaf, "axes")):
         if not isinstance(param, Elementwise | Precise):
