@@ -28,6 +28,7 @@ SHAPES = {
     "gpu": (50_304, 12, 768, 12, 64, 2048, 16, 2048, "bfloat16"),
 }
 DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+PLATFORM = {"cpu": "cpu", "gpu": "cuda"}[DEVICE]
 VOCAB, LAYERS, WIDTH, HEADS, HEAD, MLP, BATCH, SEQ_LEN, DTYPE = SHAPES[DEVICE]
 
 
@@ -40,7 +41,7 @@ def jaxgen_step():
 
     import jaxgen
 
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[DEVICE])
+    jax.config.update("jax_platforms", PLATFORM)
     jaxgen.enable_compilation_cache(os.environ["BENCH_CACHE"])
     config = jaxgen.TrainConfig(
         name="bench",
@@ -88,8 +89,6 @@ def torch_step(compiled: bool):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    device = {"cpu": "cpu", "gpu": "cuda"}[DEVICE]
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
@@ -99,13 +98,13 @@ def torch_step(compiled: bool):
         num_key_value_heads=HEADS,
         max_position_embeddings=SEQ_LEN,
     )
-    model = LlamaForCausalLM(config).to(device).train()
+    model = LlamaForCausalLM(config).to(PLATFORM).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=DEVICE == "gpu"
     )
     forward = torch.compile(model) if compiled else model
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN), device=device)
-    mixed = torch.autocast(device, torch.bfloat16, enabled=DTYPE == "bfloat16")
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN), device=PLATFORM)
+    mixed = torch.autocast(PLATFORM, torch.bfloat16, enabled=DTYPE == "bfloat16")
 
     def run() -> float:
         optimizer.zero_grad()

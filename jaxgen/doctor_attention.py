@@ -29,12 +29,7 @@ PAGE = 16
 
 def attention() -> Section:
     """Each attention backend, forward and backward, against a reference in fp64."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
-    # On CPU splash is interpreted.
-    size = {"B": 2, "T": 192, "N": 4, "K": 2, "H": 16}
-    if not on_cpu:
-        size |= {"T": 1024, "H": 128}
+    dtype, size = _shape(192)
     window = size["T"] // 4
     cases: dict[str, tuple[bool, dict[str, Any]]] = {
         "one document": (False, {}),
@@ -74,11 +69,7 @@ def attention() -> Section:
 
 def decoding() -> Section:
     """Each way to read pages: rows are read up to their last token, and then that one."""
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = "float32" if on_cpu else "bfloat16"
-    size = {"B": 2, "T": 80, "N": 4, "K": 2, "H": 16}
-    if not on_cpu:
-        size |= {"T": 1024, "H": 128}
+    dtype, size = _shape(80)
     cases: dict[str, tuple[bool, dict[str, Any]]] = {
         "one document": (False, {}),
         "window, soft cap": (False, {"window": size["T"] // 4, "soft_cap": 2.0}),
@@ -105,6 +96,13 @@ def decoding() -> Section:
         ("backend", "rows", "out", "ms", ""),
         rows(),
     )
+
+
+def _shape(cpu_tokens: int) -> tuple[str, dict[str, int]]:
+    """Returns dtype and sizes; on a CPU, where kernels are interpreted, rows are short."""
+    if jax.default_backend() == "cpu":
+        return "float32", {"B": 2, "T": cpu_tokens, "N": 4, "K": 2, "H": 16}
+    return "bfloat16", {"B": 2, "T": 1024, "N": 4, "K": 2, "H": 128}
 
 
 def _decode(

@@ -19,6 +19,7 @@ from jax.sharding import AbstractDevice
 from jaxtyping import Array, Int
 
 from jaxgen.nn.attention import HIDDEN, mesh_device
+from jaxgen.nn.flash_gpu import GPUS
 from jaxgen.nn.paged_gather import SCALE_BYTES, GatherPages, tokens_here, write
 
 # Of a tensor core's product, rows are at least so many.
@@ -38,7 +39,7 @@ class TritonPages(GatherPages):
 
 def refuses(device: AbstractDevice, head_dim: int, elements: int) -> str | None:
     """Returns why the kernel cannot read a device's pages, of so many elements, or None."""
-    if device.platform not in ("gpu", "cuda", "cpu"):
+    if device.platform not in (*GPUS, "cpu"):
         return f"does not run on {device.platform}"
     if head_dim < FEWEST_QUERIES or head_dim & (head_dim - 1):
         return f"takes a head_dim that is a power of two from {FEWEST_QUERIES} on, not {head_dim}"
