@@ -1,20 +1,24 @@
 """Hugging Face folders: weights from files right into their shards, and back.
 
 Nothing is held twice: a tensor comes in parts of a few megabytes, each of which is turned and cast
-on its way to all shards that hold some of it.
+on its way to all shards that hold some of it. Of a stack of layers the host holds only some at a
+time, which are written into the devices' shards.
 """
 
 import concurrent.futures
 import functools
+import gc
+import itertools
 import math
 import mmap
+import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.data import sources
@@ -35,6 +39,8 @@ _THREADS = 16
 
 Box = tuple[tuple[int, int], ...]
 """A part of an array: from and to in every dimension."""
+_Fill = Callable[[Place, Mapping[Box, np.ndarray]], None]
+"""Reads what some boxes of a parameter hold."""
 
 
 def read_weights(
@@ -43,7 +49,7 @@ def read_weights(
     """Returns the weights in the shapes, dtypes and shardings of an abstract model.
 
     Each process reads what its devices hold, every tensor once. Beside the model the host holds
-    the shards of one parameter, which leave one after the other.
+    at most as much as the largest tensor.
 
     Raises:
         UserError: the files and the model disagree; then nothing has been read.
@@ -51,32 +57,91 @@ def read_weights(
     check(folder, stored, family, model)
     places = places_of(family, model)
     total, done = sum(tensor.nbytes for tensor in stored.values()), 0
-    leaves = []
+    most = max(place.nbytes for place in places)
     with (
         progress(f"reading {folder}", total) as show,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for place in places:
-            shape, sharding = place.leaf.shape, place.leaf.sharding
-            devices: dict[Box, list[jax.Device]] = defaultdict(list)
-            for device, slices in sharding.addressable_devices_indices_map(shape).items():
-                devices[_box(slices, shape)].append(device)
-            buffers = {
-                box: _buffer([stop - start for start, stop in box], place.leaf.dtype)
-                for box in devices
-            }
-            parts = list(_parts(place, stored, list(buffers)))
-            for nbytes in pool.map(lambda part, to=buffers: part.copy(to), parts):
+
+        def fill(place: Place, buffers: Mapping[Box, np.ndarray]) -> None:
+            nonlocal done
+            for nbytes in pool.map(lambda part: part.copy(buffers), _parts(place, stored, buffers)):
                 done += nbytes
                 show(done)
-            arrays = []
-            while buffers:
-                box, buffer = buffers.popitem()
-                # On CPU these are the buffer, into which JAX does not write when they are donated.
-                arrays += [jax.device_put(buffer, device) for device in devices[box]]
-                jax.block_until_ready(arrays)
-            leaves.append(jax.make_array_from_single_device_arrays(shape, sharding, arrays))
+
+        leaves = [_read(place, most // place.nbytes, fill) for place in places]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def _read(place: Place, count: int, fill: _Fill) -> jax.Array:
+    """Returns a parameter, of whose stack the host holds at most `count` tensors at a time."""
+    shape, sharding = place.leaf.shape, place.leaf.sharding
+    shard = sharding.shard_shape(shape)
+    block = _block(shard[: place.num_stacked], count)
+    sizes = (*block, *shard[len(block) :])
+    if sizes == shard:
+        return _read_block(place, (0,) * len(shape), sizes, fill)
+    zeros = functools.partial(jax.numpy.zeros, shape, place.leaf.dtype)
+    # Not by `device=`, which makes one shard and copies it to all.
+    leaf = jax.jit(zeros, out_shardings=sharding)()
+    for starts in itertools.product(*map(range, (0,) * len(shape), shard, sizes)):
+        # No name is given to a block, so that it is gone before the next one is read.
+        leaf = _insert(sharding)(
+            leaf, _read_block(place, starts, sizes, fill), np.asarray(starts, np.int32)
+        )
+        jax.block_until_ready(leaf)
+        gc.collect(0)  # JAX lets go of NumPy's memory when Python collects.
+    return leaf
+
+
+def _read_block(
+    place: Place, starts: Sequence[int], sizes: tuple[int, ...], fill: _Fill
+) -> jax.Array:
+    """Returns the part of every shard that starts there and has these sizes, as one array."""
+    shape, sharding = place.leaf.shape, place.leaf.sharding
+    # Boxes with the same part of the stack are read together, for tensors have rows of all.
+    stages: dict[Box, dict[Box, list[jax.Device]]] = defaultdict(lambda: defaultdict(list))
+    for device, slices in sharding.addressable_devices_indices_map(shape).items():
+        firsts = [
+            first + start for (first, _), start in zip(_box(slices, shape), starts, strict=True)
+        ]
+        box = tuple((first, first + size) for first, size in zip(firsts, sizes, strict=True))
+        stages[box[: place.num_stacked]][box].append(device)
+    arrays = []
+    for devices in stages.values():
+        buffers = {box: _buffer(sizes, place.leaf.dtype) for box in devices}
+        fill(place, buffers)
+        while buffers:
+            box, buffer = buffers.popitem()
+            # On CPU these are the buffer, into which JAX does not write when they are donated.
+            arrays += [jax.device_put(buffer, device) for device in devices[box]]
+            jax.block_until_ready(arrays)
+    counts = map(operator.floordiv, shape, sharding.shard_shape(shape))
+    return jax.make_array_from_single_device_arrays(
+        tuple(map(operator.mul, counts, sizes)), sharding, arrays
+    )
+
+
+def _block(stack: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Returns how many of each dimension of a stack to read at a time: divisors of it."""
+    block = []
+    for size in reversed(stack):
+        block.append(max(n for n in range(1, max(1, min(size, count)) + 1) if size % n == 0))
+        count = count // size if block[-1] == size else 1
+    return tuple(reversed(block))
+
+
+@functools.cache
+def _insert(sharding: NamedSharding) -> Any:
+    """Returns a program that writes a block into the shards of a stack, which it is given."""
+    spec = sharding.spec
+    insert = jax.shard_map(
+        lambda stack, some, at: jax.lax.dynamic_update_slice(stack, some, list(at)),
+        mesh=sharding.mesh,
+        in_specs=(spec, spec, PartitionSpec()),
+        out_specs=spec,
+    )
+    return jax.jit(insert, donate_argnums=0)
 
 
 def _buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -113,8 +178,6 @@ class _Part(NamedTuple):
         values = _bits(values.transpose(np.argsort(place.turned)))
         stacked = place.num_stacked
         for box, buffer in buffers.items():
-            if not _holds(box, self.index):
-                continue
             inside = list(box[stacked:])
             first = len(place.inputs)
             low, high = max(start, inside[first][0]), min(stop, inside[first][1])
@@ -145,14 +208,13 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def _parts(place: Place, stored: Mapping[str, Stored], boxes: list[Box]) -> Iterator[_Part]:
-    first = place.num_stacked + len(place.inputs)
-    for index in np.ndindex(place.stack):
-        rows = [box[first] for box in boxes if _holds(box, index)]
-        if not rows:
-            continue
+def _parts(place: Place, stored: Mapping[str, Stored], boxes: Iterable[Box]) -> Iterator[_Part]:
+    """Cuts what some boxes of one part of the stack hold."""
+    boxes = list(boxes)
+    stack, first = boxes[0][: place.num_stacked], place.num_stacked + len(place.inputs)
+    low, high = min(box[first][0] for box in boxes), max(box[first][1] for box in boxes)
+    for index in itertools.product(*(range(*part) for part in stack)):
         tensor = stored[place.name(index)]
-        low, high = min(start for start, _ in rows), max(stop for _, stop in rows)
         for start, stop in _chunks(place, low, high, tensor.dtype.itemsize):
             yield _Part(place, tensor, index, start, stop)
 

@@ -50,6 +50,11 @@ class Place:
         return self.leaf.shape[self.num_stacked + self.tensor.inputs :]
 
     @property
+    def nbytes(self) -> int:
+        """Of one of the stack."""
+        return math.prod((*self.inputs, *self.outputs)) * self.leaf.dtype.itemsize
+
+    @property
     def turned(self) -> tuple[int, ...]:
         """The order of the dimensions in their tensors: outputs, then inputs."""
         count = len(self.inputs)

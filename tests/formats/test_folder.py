@@ -129,6 +129,34 @@ def test_experts_are_a_tensor_each_on_every_mesh(tmp_path):
         assert written == (tmp_path / safetensors.WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(pipeline=2, expert=2, fsdp=2), MeshConfig(fsdp=2, expert=2, tensor=2)],
+    ids=["stages", "experts"],
+)
+def test_a_stack_may_be_read_a_tensor_at_a_time(tmp_path, monkeypatch, mesh):
+    given = tiny_families.config_json("mixtral")
+    family = family_of(given)
+    config = ServeConfig(family.read(given))
+    one = filled(config)
+    write_weights(str(tmp_path), family, one, "float32")
+    inserts, insert = [], module._insert
+    monkeypatch.setattr(module, "_block", lambda stack, count: (1,) * len(stack))
+    monkeypatch.setattr(module, "_insert", lambda sharding: inserts.append(1) or insert(sharding))
+    assert_equal(read(tmp_path, config, mesh, family=family), one)
+    layers, experts = 4 // mesh.pipeline, 4 // mesh.expert
+    assert inserts.count(1) >= 3 * layers * experts + 4 * layers
+
+
+@pytest.mark.parametrize(
+    ("stack", "count", "block"),
+    [((), 5, ()), ((32,), 8, (8,)), ((30,), 8, (6,)), ((7,), 6, (1,)), ((4, 6), 4, (1, 3))]
+    + [((4, 6), 13, (2, 6)), ((4, 6), 99, (4, 6)), ((3, 2), 0, (1, 1))],
+)
+def test_blocks_divide_a_stack(stack, count, block):
+    assert module._block(stack, count) == block
+
+
 def test_several_parameters_in_one_tensor_are_its_rows_one_after_the_other(tmp_path):
     qkv, gate_up = "model.layers.{layer}.qkv.weight", "model.layers.{layer}.gate_up.weight"
     q, k = "layers/attention/q", "layers/attention/k"
