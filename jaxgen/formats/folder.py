@@ -126,8 +126,8 @@ def _block(stack: tuple[int, ...], count: int) -> tuple[int, ...]:
     """Returns how many of each dimension of a stack to read at a time: divisors of it."""
     block = []
     for size in reversed(stack):
-        block.append(max(n for n in range(1, max(1, min(size, count)) + 1) if size % n == 0))
-        count = count // size if block[-1] == size else 1
+        block.append(max(n for n in range(1, min(size, count) + 1) if size % n == 0))
+        count = max(1, count // size) if block[-1] == size else 1
     return tuple(reversed(block))
 
 

@@ -150,8 +150,15 @@ def test_a_stack_may_be_read_a_tensor_at_a_time(tmp_path, monkeypatch, mesh):
 
 @pytest.mark.parametrize(
     ("stack", "count", "block"),
-    [((), 5, ()), ((32,), 8, (8,)), ((30,), 8, (6,)), ((7,), 6, (1,)), ((4, 6), 4, (1, 3))]
-    + [((4, 6), 13, (2, 6)), ((4, 6), 99, (4, 6)), ((3, 2), 0, (1, 1))],
+    [
+        ((), 5, ()),
+        ((32,), 8, (8,)),
+        ((30,), 8, (6,)),
+        ((7,), 6, (1,)),
+        ((4, 6), 4, (1, 3)),
+        ((4, 6), 13, (2, 6)),
+        ((4, 6), 99, (4, 6)),
+    ],
 )
 def test_blocks_divide_a_stack(stack, count, block):
     assert module._block(stack, count) == block
