@@ -297,7 +297,7 @@ def _check_any(found: Sequence[Streamed]) -> None:
 
 
 def _get(client: Client, path: str) -> bytes:
-    # Plain sockets know no proxy either.
+    # The client that measures takes none from the environment either.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(client.base + path, headers=client.headers)
     with opener.open(request, timeout=10) as response:

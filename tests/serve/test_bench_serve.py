@@ -187,7 +187,7 @@ FAILURES = {
     + chunk(text("a", "stop") + DONE)
     + END,
     "the answer cannot be read: JSONDecodeError": HEAD + chunk(b"data: {\n\n") + END,
-    "the answer cannot be read: ValueError": b"HTTP/1.1 none\r\n\r\n",
+    "the answer cannot be read: ClientResponseError": b"HTTP/1.1 none\r\n\r\n",
     "the server closed the connection without an answer": b"",
 }
 
@@ -221,6 +221,19 @@ def test_a_connection_that_the_server_has_dropped_is_made_anew():
         found = send_all(fake.url, 5, concurrency=1)
     assert not any(each.error for each in found)
     assert fake.connections == len(fake.bodies) == 5
+
+
+@pytest.mark.parametrize("way", ["close", "abort"])
+def test_an_answer_that_is_cut_is_not_asked_for_again(way):
+    async def script(body, writer, index):
+        writer.write(HEAD + chunk(text("a")))
+        await writer.drain()
+        getattr(writer.transport, way)()
+
+    with faking(script) as fake:
+        (found,) = send_all(fake.url, 1, concurrency=1)
+    assert found.error == "the stream ended before the answer"
+    assert len(found.texts_s) <= len(fake.bodies) == 1
 
 
 def test_silence_is_a_failure(monkeypatch):
