@@ -14,6 +14,7 @@ from jaxgen.nn.attention import mesh_device
 from jaxgen.peaks import peak
 from jaxgen.serve.blocks import Blocks
 from jaxgen.serve.config import EngineConfig
+from jaxgen.serve.delivery import Delivery
 from jaxgen.serve.reload import Source, stage
 from jaxgen.serve.request import (
     FinishReason,
@@ -23,7 +24,7 @@ from jaxgen.serve.request import (
     check_tokens,
 )
 from jaxgen.serve.roofline import DecodeMeter, StepCost
-from jaxgen.serve.runner import Delivery, Runner
+from jaxgen.serve.runner import Runner
 from jaxgen.serve.scheduler import Scheduler
 from jaxgen.serve.weights import Dtype, for_serving
 
@@ -51,13 +52,14 @@ class EngineCore:
         self.config = config
         copy = functools.partial(for_serving, dtype=dtype, weights=config.weights, donate=donate)
         self.runner = Runner(copy(model), config, None if draft is None else copy(draft))
+        lattice = self.runner.lattice
         self.pools = [
-            Blocks(self.runner.num_pages, self.runner.block_size, prefix_cache=config.prefix_cache)
-            for _ in range(self.runner.shards)
+            Blocks(lattice.num_pages, lattice.block_size, prefix_cache=config.prefix_cache)
+            for _ in range(lattice.shards)
         ]
         self.scheduler = Scheduler(
             self.pools,
-            slots_per_shard=self.runner.slots_per_shard,
+            slots_per_shard=lattice.slots_per_shard,
             chunk=config.prefill_chunk,
             burst=config.burst,
             max_queued_requests=config.max_queued_requests,
@@ -67,7 +69,7 @@ class EngineCore:
         )
         pool, layers = self.pools[0], self.runner.state.layers
         cost = StepCost.of(self.runner.model, layers, pool.num_blocks * pool.block_size)
-        self.meter = DecodeMeter(cost, self.runner.shards, peak(mesh_device()))
+        self.meter = DecodeMeter(cost, lattice.shards, peak(mesh_device()))
         self.tokens_generated = self.tokens_drafted = self.tokens_accepted = self.reloads = 0
         self.changed = threading.Condition()
         """Held to look at or change the scheduler; told of what was submitted."""

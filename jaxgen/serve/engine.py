@@ -86,7 +86,7 @@ class Engine:
         self.weight_version = weight_version
         self._reloading = threading.Lock()
         self._staged: tuple[list[jax.Array], str, Future[float]] | None = None
-        self._compiled = self._core.runner.compilations
+        self._compiled = self._core.runner.lattice.compilations
         self._answers: dict[Request, Answer] = {}
         self._closing = False
         self._error: BaseException | None = None
@@ -252,7 +252,7 @@ class Engine:
                 reloads=core.reloads,
                 preemptions=scheduler.preemptions,
                 compilations=self._compiled,
-                recompiles=core.runner.compilations - self._compiled,
+                recompiles=core.runner.lattice.compilations - self._compiled,
                 decode_bytes=core.meter.bytes,
                 decode_s=core.meter.seconds,
                 decode_roofline_s=core.meter.roofline_s,

@@ -31,7 +31,7 @@ class Echo:
     that it does. Token n has the log-probability -n / 1000.
     """
 
-    compilations = 0
+    lattice = types.SimpleNamespace(compilations=0)
 
     def __init__(self, step_s):
         config = types.SimpleNamespace(vocab_size=258, max_seq_len=MAX_SEQ_LEN)

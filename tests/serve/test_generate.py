@@ -182,7 +182,7 @@ def test_the_copy_for_serving_is_in_the_asked_dtype():
         (row,) = served(RAGGED[:1], GREEDY)
         assert len(row) == GREEDY.max_tokens
         # A single bf16 row would be ten times slower than two on this platform.
-        assert ("decode", 2) in served.core.runner._programs
+        assert ("decode", 2) in served.core.runner.lattice.programs
 
 
 def test_nothing_to_do(generator):

@@ -14,8 +14,8 @@ from jaxgen.errors import UserError
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.engine import Engine
 from jaxgen.serve.generate import Generator
+from jaxgen.serve.lattice import Lattice
 from jaxgen.serve.request import SamplingConfig
-from jaxgen.serve.runner import Runner
 
 BASE = EngineConfig(max_num_seqs=4, prefill_chunk=16, burst=4, block_size=8, kv_blocks=80)
 LOOK_UP = {"speculation": "prompt_lookup", "ngram": 1}
@@ -66,7 +66,7 @@ LATER = Asked([11, *CYCLE * 8], SamplingConfig(20))
 def free():
     """Drafts cost nothing, so that there are always some; and one size of batch is compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_batch_size", lambda *_: 4)
+        patch.setattr(Lattice, "batch_size", lambda *_: 4)
         patch.setattr("jaxgen.serve.speculate.drafting_cost", lambda *_: 0.0)
         yield
 

@@ -25,7 +25,7 @@ SMALL = EngineConfig(max_num_seqs=4, prefill_chunk=16, block_size=8, kv_blocks=7
 def cost_of(config, mesh):
     with jax.set_mesh(mesh_of(mesh)):
         runner = Runner(for_serving(make(config)), SMALL)
-        return StepCost.of(runner.model, runner.state.layers, runner.num_pages * 8)
+        return StepCost.of(runner.model, runner.state.layers, runner.lattice.num_pages * 8)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -38,15 +38,15 @@ def test_programs_write_the_state_in_place(mesh):
         kept = (runner.state.layers, runner.state.vocab)
         return {array.unsafe_buffer_pointer() for array in on_one_device(kept)}
 
-    assert {name for name, _ in runner._programs} == {"read", "decode"}
+    assert {name for name, _ in runner.lattice.programs} == {"read", "decode"}
     before, where = runner.state, places()
     core.step()
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert places() == where
     size = sum(shard.nbytes for shard in on_one_device(runner.state))
     shape = on_one_device(runner.state.layers)[0].shape
-    rows = f"[{runner.slots_per_shard * runner.shards + 1},{CONFIG.vocab_size}]"
-    for program in runner._programs.values():
+    rows = f"[{runner.lattice.slots_per_shard * runner.lattice.shards + 1},{CONFIG.vocab_size}]"
+    for program in runner.lattice.programs.values():
         assert program.memory_analysis().alias_size_in_bytes >= size
         # Nor does the loop copy its carry on the way.
         text = program.as_text()
@@ -65,7 +65,7 @@ def test_bursts_of_any_length_are_one_program_and_give_the_same_tokens():
         request = Request((1, 2, 3), SamplingConfig(max_tokens=40, temperature=1.0))
         core.run([request], lambda done: None)
         answers.append(request.output)
-        assert sorted(core.runner._programs) == [("decode", 1), ("read", 16)]
+        assert sorted(core.runner.lattice.programs) == [("decode", 1), ("read", 16)]
     assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) == 40
 
@@ -95,7 +95,7 @@ def test_a_burst_ends_with_its_last_row():
 )
 def test_pages_fill_the_memory_that_programs_leave(kv_dtype, token_bytes, monkeypatch):
     config = dataclasses.replace(SMALL, kv_blocks=None, kv_dtype=kv_dtype)
-    every = core_of(ONE, config).runner.num_pages
+    every = core_of(ONE, config).runner.lattice.num_pages
     assert every == 8 * CONFIG.max_seq_len // 16 + 1
     device = type(jax.devices()[0])
     page = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * 16 * token_bytes
@@ -106,15 +106,15 @@ def test_pages_fill_the_memory_that_programs_leave(kv_dtype, token_bytes, monkey
         return core_of(ONE, config)
 
     core = pages_with(1 << 20)
-    assert core.runner.compilations == 2
-    programs = [core.runner._compile(key, 2) for key in (("read", 16), ("decode", 8))]
+    assert core.runner.lattice.compilations == 2
+    programs = [core.runner.lattice.compile(key, 2) for key in (("read", 16), ("decode", 8))]
     needs = [program.memory_analysis() for program in programs]
     state = max(need.alias_size_in_bytes for need in needs)
     assert state > 9 * CONFIG.vocab_size * (SMALL.max_num_seqs + 1)
     own = [n.temp_size_in_bytes + n.output_size_in_bytes - n.alias_size_in_bytes for n in needs]
     needed = state + 2 * max(own)
     limit = 1000 + needed + 20 * page
-    assert [pages_with(limit + n).runner.num_pages for n in (-1, 0, page)] == [19, 20, 21]
+    assert [pages_with(limit + n).runner.lattice.num_pages for n in (-1, 0, page)] == [19, 20, 21]
 
 
 def test_what_was_compiled_ahead_is_all_there_is(monkeypatch):
@@ -125,12 +125,14 @@ def test_what_was_compiled_ahead_is_all_there_is(monkeypatch):
         shown.append((what, total, in_bytes))
         yield shown.append
 
-    monkeypatch.setattr("jaxgen.serve.runner.progress", progress)
+    monkeypatch.setattr("jaxgen.serve.lattice.progress", progress)
     core.runner.compile_all()
     big = [("decode", 1), ("decode", 2), ("read", 16)]
-    assert sorted(core.runner._programs) == sorted([*big, ("shape", 1), ("mask", 1), ("mask", 2)])
+    assert sorted(core.runner.lattice.programs) == sorted(
+        [*big, ("shape", 1), ("mask", 1), ("mask", 2)]
+    )
     assert shown == [("compiling 6 programs", 6, False), *range(1, 7)]
-    del core.runner._programs["decode", 2]
+    del core.runner.lattice.programs["decode", 2]
     requests = [Request((n,), SamplingConfig(max_tokens=9)) for n in range(2)]
     with pytest.raises(AssertionError, match=r"\('decode', 2\) is not among the programs"):
         core.run(requests, lambda done: None)

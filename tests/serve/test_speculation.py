@@ -170,11 +170,11 @@ def test_nothing_is_compiled_after_the_start_and_drafts_are_counted():
     with jax.set_mesh(mesh_of(ONE)), Engine(make(MODEL), config=config) as engine:
         runner = engine._core.runner
         # Both loops of a burst work on the pages where they are.
-        text = runner._programs["speculate", 2].as_text()
+        text = runner.lattice.programs["speculate", 2].as_text()
         pages = f"f32[{','.join(map(str, runner.state.layers[0].k.shape))}]"
         assert pages in text
         assert not [line for line in text.splitlines() if pages in line and " copy(" in line]
-        kinds = sorted(key for key in runner._programs if key[0] != "mask")
+        kinds = sorted(key for key in runner.lattice.programs if key[0] != "mask")
         rows = [("decode", 4), ("speculate", 1), ("speculate", 2)]
         assert kinds == sorted([("read", 16), *rows, ("shape", 1), ("note", MODEL.max_seq_len)])
         jax.monitoring.register_event_duration_secs_listener(listener)
