@@ -34,9 +34,9 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     join()
     import jax
 
+    from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
     from jaxgen.serve.generate import generate_text
-    from jaxgen.sharding import make_mesh
 
     if args.chat:
         from jaxgen.data.chat import template_of
@@ -45,7 +45,7 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     sampling, stop_ids = _sampling(args), args.model.generation.stop_ids
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]
-    mesh = make_mesh(config.mesh)
+    mesh = fitting_mesh(config)
     model, tokenizer = load_model(args.model, config, mesh)
     more = {"chat": args.chat, "draft": _load_draft(args, config, mesh), "donate": True}
     with jax.set_mesh(mesh):
@@ -68,13 +68,13 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
     join()
     import jax
 
+    from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
     from jaxgen.serve.config import EngineConfig
     from jaxgen.serve.engine import Engine
     from jaxgen.serve.generate import MAX_NUM_SEQS
-    from jaxgen.sharding import make_mesh
 
-    mesh = make_mesh(config.mesh)
+    mesh = fitting_mesh(config)
     model, tokenizer = load_model(args.model, config, mesh)
     draft = _load_draft(args, config, mesh)
     settings = EngineConfig(
@@ -123,10 +123,10 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
     join()
     import jax
 
+    from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
     from jaxgen.serve.engine import Engine
     from jaxgen.serve.schema import Served
-    from jaxgen.sharding import make_mesh
 
     try:
         from jaxgen.serve.admin import describe
@@ -136,7 +136,7 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
             f"jaxgen serve needs {error.name}; install it with: pip install 'jaxgen[serve]'"
         ) from None
     name = args.name or Path(args.source).name
-    mesh = make_mesh(config.mesh)
+    mesh = fitting_mesh(config)
     settings = config.engine
     if args.draft is not None and "engine.speculation" not in args.overrides:
         settings = dataclasses.replace(settings, speculation="draft")
@@ -180,10 +180,10 @@ def _eval(args: argparse.Namespace, config: Any) -> None:
     import jax
 
     from jaxgen.eval.score import Scorer
+    from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
-    from jaxgen.sharding import make_mesh
 
-    mesh = make_mesh(config.mesh)
+    mesh = fitting_mesh(config)
     model, tokenizer = load_model(args.model, config, mesh)
     with jax.set_mesh(mesh):
         dtype = args.overrides.get("compute.dtype")
@@ -197,8 +197,8 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     join()
     import jax
 
+    from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import check_empty, load_model
-    from jaxgen.sharding import make_mesh
 
     (location,) = args.outputs
     if jax.process_index() == 0:
@@ -206,7 +206,7 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     if args.adapter:
         args.model.write_adapter(location)
         return
-    model, _ = load_model(args.model, config, make_mesh(config.mesh))
+    model, _ = load_model(args.model, config, fitting_mesh(config))
     args.model.write(location, model, args.dtype)
 
 

@@ -20,6 +20,7 @@ from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
 from jaxgen.data.loader import Batch
 from jaxgen.errors import UserError
+from jaxgen.fit import fitting_mesh
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
@@ -322,7 +323,7 @@ def compare(
 def refusal(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> str | None:
     """Returns why `config` does not run on its own mesh of `devices` (default: all), or None."""
     try:
-        config.check(make_mesh(config.mesh, devices))
+        fitting_mesh(config, devices)
     except UserError as error:
         return str(error)
     return None

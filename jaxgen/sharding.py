@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.errors import UserError
+from jaxgen.errors import MeshError, UserError
 
 AXES = ("data", "fsdp", "pipeline", "context", "tensor", "expert")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -68,10 +68,11 @@ class MeshConfig:
         tensor = math.gcd(max(self.tensor, 1), num_devices)
         data = math.gcd(max(self.data, 1), num_devices // tensor)
         fsdp = num_devices // tensor // data
-        raise UserError(
+        raise MeshError(
             f"mesh {given or 'of one device'} needs {'a multiple of ' if free else ''}{fixed} "
-            f"devices and there are {num_devices}; "
-            f"use data={data} fsdp={fsdp} tensor={tensor}, or --devices {fixed} to simulate it"
+            f"devices and there are {num_devices}",
+            f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor}",
+            f"--devices {fixed} to simulate it",
         )
 
 
@@ -90,8 +91,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     config = (config or MeshConfig()).resolve(len(devices))
     shape, types = tuple(config.sizes.values()), (AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 or devices[0].platform != "tpu":
+    slices = num_slices(devices)
+    if slices == 1:
         return jax.make_mesh(shape, AXES, types, devices=devices)
     across, size = config.across_slices, getattr(config, config.across_slices)
     if size % slices:
@@ -105,6 +106,13 @@ def make_mesh(
         inside, between, devices, allow_split_physical_axes=True
     )
     return Mesh(placed, AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Returns over how many TPU slices these devices are; 1 for others."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def simulate_devices(num_devices: int) -> None:
@@ -256,17 +264,12 @@ class Rules:
             if size % parts:
                 axes = [a for a in logical_to_mesh(getattr(self, name)) if mesh.shape[a] > 1]
                 given = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-                way = (
-                    f"{given.split('=')[0]}={math.gcd(size, parts)}"
-                    if len(axes) == 1
-                    else (f"a multiple of {parts}")
+                fit = math.gcd(size, parts)
+                raise MeshError(
+                    f"{field}={size} is not divisible by {given}",
+                    f"{given.split('=')[0]}={fit}" if len(axes) == 1 else f"a multiple of {parts}",
+                    f"rules.{name}=None to replicate it",
                 )
-                advice = (
-                    f"use {way}"
-                    if name == "batch"
-                    else (f"use {way}, or rules.{name}=None to replicate it")
-                )
-                raise UserError(f"{field}={size} is not divisible by {given}; {advice}")
 
 
 def zigzag(seq_len: int, shards: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def run_python(*args):
         (["convert", "to-hf", "x", "y", "--dtype", "int8"], "argument --dtype: invalid choice"),
         (
             ["train", TINY, "--mesh.fsdp", "3"],
-            "needs 12 devices and there are 8; use data=2 fsdp=2",
+            "needs 12 devices and there are 8; use mesh.data=2 mesh.fsdp=2 mesh.tensor=2, or --dev",
         ),
         (["train", TINY, "--mesh.tensor", "4", "--mesh.data", "1"], "num_kv_heads=2 is not divisi"),
         (
@@ -156,7 +156,7 @@ def test_a_real_process_says_one_line_and_exits_with_2(tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "jaxgen: mesh data=2 x fsdp=2 x tensor=2 needs 8 devices and there are 6; "
-        "use data=1 fsdp=3 tensor=2, or --devices 8 to simulate it\n"
+        "use mesh.data=3 mesh.fsdp=1 mesh.tensor=2, or --devices 8 to simulate it\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -144,7 +144,11 @@ def test_missing_files_and_names_get_a_suggestion():
 @pytest.mark.parametrize(
     ("overrides", "num_devices", "message"),
     [
-        ({}, 6, "needs 8 devices and there are 6; use data=1 fsdp=3 tensor=2, or --devices 8"),
+        (
+            {},
+            6,
+            "needs 8 devices and there are 6; use mesh.data=1 mesh.fsdp=3 mesh.tensor=2, or",
+        ),
         (
             {"mesh.expert": "2", "mesh.data": "1"},
             8,

@@ -19,6 +19,7 @@ ALLOWED = {
     "errors": set(),
     "fields": {"errors"},
     "sharding": {"errors"},
+    "fit": BASE,
     "tables": set(),
     "collectives": BASE | {"tables"},
     "compiler": BASE,
@@ -42,13 +43,13 @@ ALLOWED = {
     "published": BASE | {"models", "data", "formats", "pretrained"},
     "train": BASE
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
-    | {"fields", "pretrained"},
+    | {"fields", "fit", "pretrained"},
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE
     | {"fields", "peaks", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained"},
     "eval": BASE
-    | {"compiler", "fields", "progress", "tables", "nn", "models", "data", "config"}
+    | {"compiler", "fields", "fit", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},
 }
 ALLOWED["references"] = {"nn"}

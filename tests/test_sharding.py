@@ -23,10 +23,13 @@ def test_the_rest_goes_to_the_axis_of_minus_one():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(tensor=3), "needs a multiple of 3 devices and there are 8; use data=1 fsdp=8"),
+        (
+            MeshConfig(tensor=3),
+            "needs a multiple of 3 devices and there are 8; use mesh.data=1 mesh.fsdp=8",
+        ),
         (
             MeshConfig(data=4, fsdp=4),
-            "data=4 x fsdp=4 needs 16 devices and there are 8; use data=4",
+            "data=4 x fsdp=4 needs 16 devices and there are 8; use mesh.data=4",
         ),
         (MeshConfig(data=-1), "mesh.data and mesh.fsdp are both -1"),
         (MeshConfig(data=0), "mesh.data=0; use a positive number"),

@@ -21,12 +21,12 @@ from jaxgen.data.chat import render, template_of
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
 from jaxgen.eval.score import Scorer, encode_pair, encode_text, prefix_token
+from jaxgen.fit import fitting_mesh
 from jaxgen.models.decoder import Decoder
 from jaxgen.pretrained import load_model, open_model
 from jaxgen.serve.generate import Generator
 from jaxgen.serve.request import SamplingConfig
 from jaxgen.serve.weights import Dtype
-from jaxgen.sharding import make_mesh
 
 # An answer is looked at for where it ends after so many tokens; then its prompt is read again.
 BURST_TOKENS = 64
@@ -93,7 +93,7 @@ class JaxgenLM(LM):
         texts = {name: str(value) for name, value in (overrides or {}).items()}
         pretrained = open_model(location)
         config = fields.override(pretrained.serve_config(), texts)
-        mesh = make_mesh(config.mesh)
+        mesh = fitting_mesh(config)
         model, tokenizer = load_model(pretrained, config, mesh)
         return cls(
             model,

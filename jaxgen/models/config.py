@@ -8,7 +8,7 @@ from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxgen.errors import UserError
+from jaxgen.errors import MeshError, UserError
 from jaxgen.nn.attention import Backend, ContextMethod
 from jaxgen.nn.layers import ACTIVATIONS
 from jaxgen.nn.moe import Dispatch
@@ -153,9 +153,9 @@ class DecoderConfig:
         """
         if self.moe is None and mesh.shape["expert"] > 1:
             rest = mesh.shape["fsdp"] * mesh.shape["expert"]
-            raise UserError(
-                f"mesh.expert={mesh.shape['expert']} splits experts and model.moe is None; "
-                f"use mesh.expert=1 mesh.fsdp={rest}"
+            raise MeshError(
+                f"mesh.expert={mesh.shape['expert']} splits experts and model.moe is None",
+                f"mesh.expert=1 mesh.fsdp={rest}",
             )
         sizes = {
             "vocab": ("model.vocab_size", self.vocab_size),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxgen.errors import UserError
+from jaxgen.errors import MeshError, UserError
 from jaxgen.sharding import Rules, logical_to_mesh
 
 AXIS = "pipeline"
@@ -94,10 +94,10 @@ class Pipeline:
         if num_layers % (stages * repeats):
             fit = np.gcd(num_layers, stages)
             rounds = repeats if num_layers % (fit * repeats) == 0 else 1
-            raise UserError(
+            raise MeshError(
                 f"model.num_layers={num_layers} is not divisible by mesh.pipeline={stages} x "
-                f"compute.pipeline.num_repeats={repeats}; use mesh.pipeline={fit} "
-                f"compute.pipeline.num_repeats={rounds}"
+                f"compute.pipeline.num_repeats={repeats}",
+                f"mesh.pipeline={fit} compute.pipeline.num_repeats={rounds}",
             )
         if microbatches % stages:
             raise UserError(

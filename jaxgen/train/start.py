@@ -16,7 +16,7 @@ from jaxgen.compiler import compiler_options
 from jaxgen.data.dataset import find
 from jaxgen.data.loader import Loader
 from jaxgen.data.tokenizer import check_vocab
-from jaxgen.sharding import make_mesh
+from jaxgen.fit import fitting_mesh
 from jaxgen.train.program import batch_sharding
 
 if TYPE_CHECKING:
@@ -67,8 +67,10 @@ def start(
     Raises:
         UserError: something in the config or the data cannot work.
     """
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    config.check(mesh)
+    if mesh is None:
+        mesh = fitting_mesh(config)
+    else:
+        config.check(mesh)
     data_found: Future[None] = Future()
     with (
         jax.set_mesh(mesh),
