@@ -95,6 +95,55 @@ def test_a_stream_shows_special_tokens_that_it_is_told_to():
     assert "".join(stream.push(token) for token in ids) + stream.flush() == f"\ufffd{EOS}漢 字"
 
 
+def byte_fallback(folder):
+    """As those of Llama 2, Mistral and Gemma: a token a byte where there is no other."""
+    vocab = {"<unk>": 0, "▁": 1, "▁a": 2, "b": 3, "日": 4}
+    vocab |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    model = tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(str(folder))
+
+
+@pytest.mark.parametrize("text", ["日本語 😀😀 b", "😀😀😀 é b", " b  b", "本日本", "日 日"])
+def test_runs_of_byte_tokens_are_streamed_as_they_are_decoded(tmp_path, text):
+    tokenizer = byte_fallback(tmp_path)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids).strip() == text.strip()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+    # Nothing waits for longer than the bytes of a character, and a space that is dropped.
+    shown = "".join("x" if piece else "." for piece in pieces)
+    assert max(map(len, shown.split("x"))) <= 4
+
+
+def test_bytes_that_are_no_text_are_shown_soon():
+    tokenizer, decoded = Tokenizer.from_bytes(), []
+    decode, stream = tokenizer.decode, TextStream(tokenizer)
+    tokenizer.decode = lambda ids: decoded.append(len(ids)) or decode(ids)
+    wrong = [0xFF] * 50 + [0xC3] * 50 + [0xE6, 0x9C] * 25
+    ids = [*b"ab", *wrong, *"本é".encode()]
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == decode(ids)
+    assert len("".join(pieces[:100])) > 80
+    assert pieces[-1] == "é"
+    assert max(decoded) < 20
+
+
 def test_no_half_character_is_shown():
     stream = TextStream(Tokenizer.from_bytes())
     assert [stream.push(byte) for byte in "é😀".encode()] == ["", "é", "", "", "", "😀"]
