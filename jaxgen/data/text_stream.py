@@ -29,8 +29,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._special = shown
         self._ids: list[int] = []
-        """Those of the text shown last, and those held back. Without the former, a tokenizer may drop
-        a space; and one that has tokens of single bytes decodes a whole run of them or none."""
+        """Those of the text shown last, and those held back. Without the former, a tokenizer may
+        drop a space; and one with tokens of single bytes decodes a whole run of them or none."""
         self._num_shown = 0
         self._length = 0
         """Of the text of those shown."""

@@ -187,17 +187,17 @@ class EngineCore:
         staged = stage(draft, self.runner.draft, convert)
         return stage(source, running, convert) + staged
 
-    def replace(self, staged: list[jax.Array]) -> None:
+    def replace(self, staged: list[jax.Array], moved: Callable[[], None]) -> None:
         """Goes on with other weights, which `stage` has returned, once everything has landed.
 
         Running requests are read again: each next token is drawn by one set of weights from all
-        text before it.
+        text before it. `moved` is called after each array.
         """
         self.reloads += 1
         with self.changed:
             # A number: weights whose names are alike need not be.
             self.scheduler.restart(str(self.reloads).encode())
-        self.runner.replace(staged)
+        self.runner.replace(staged, moved)
 
     def run(self, requests: Sequence[Request], show: Callable[[int], None]) -> None:
         """Serves requests, and no others, to their ends, and tells how many have ended."""

@@ -308,18 +308,22 @@ class Engine:
                 for request, tokens in self._core.step():
                     self._pass_on(request, tokens)
                 self._sweep()
-                self._moved = time.monotonic()
+                self._move()
             self._sweep()
             if self._staged is not None:
                 self._staged[2].set_exception(UserError(_CLOSED))
         except BaseException as error:
             self._fail(error)
 
+    def _move(self) -> None:
+        """Notes that the thread is well."""
+        self._moved = time.monotonic()
+
     def _swap(self, staged: list[jax.Array], version: str, swapped: Future[float]) -> None:
         for request, tokens in self._core.land():
             self._pass_on(request, tokens)
         began = time.monotonic()
-        self._core.replace(staged)
+        self._core.replace(staged, self._move)
         self.weight_version, self._staged = version, None
         swapped.set_result(time.monotonic() - began)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgen.errors import UserError
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.attention import mesh_device, num_shards
 from jaxgen.nn.paged import token_axes
@@ -239,6 +240,13 @@ class Lattice:
                 for need in needs
             )
             room = memory["bytes_limit"] - memory["bytes_in_use"] - needed
+        if room < 2 * page:
+            raise UserError(
+                f"weights and programs leave {max(0, room) / 2**20:,.0f} MiB of a device for the "
+                f"cache, whose pages of {self.block_size} tokens take {page / 2**20:,.1f} MiB; use "
+                "--engine.weights int8, a smaller --engine.max_num_seqs or "
+                "--engine.prefill_chunk, or more devices"
+            )
         pages = min(room // page, self.slots_per_shard * self._table_width + 1)
         # All processes must plan alike.
         return int(np.min(multihost_utils.process_allgather(np.int32(pages))))

@@ -39,6 +39,8 @@ from jaxgen.serve.schema import Served
 STUCK_S = 60.0
 # A client that sends slower than this is not waited for.
 BODY_TIMEOUT_S = 60.0
+# One that takes nothing for so long, while its buffers are full, has left.
+SEND_TIMEOUT_S = 60.0
 MAX_READING = 256
 """Bodies that may wait to be read and tokenised; further ones are refused."""
 # The page needs nothing but itself and this server.
@@ -274,7 +276,11 @@ class _Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._api.metrics.responded(path, message["status"])
-            await send(message)
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
 
         if refused := self._api.keys.refuse(scope["path"], scope["headers"]):
             return await _respond(refused)(scope, receive, counted)

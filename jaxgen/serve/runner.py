@@ -1,6 +1,7 @@
 """Runs the scheduler's plans: which program, with which arguments."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,13 +65,14 @@ class Runner:
             delivery.copy_to_host()
         return deliveries
 
-    def replace(self, staged: list[jax.Array]) -> None:
+    def replace(self, staged: list[jax.Array], moved: Callable[[], None] = lambda: None) -> None:
         """Takes other weights, all alike but for their values, out of a list of arrays anywhere.
 
         Nothing may run. Leaf by leaf: devices hold one of them besides the models.
 
         Args:
             staged: the model's, and then the draft model's unless those stay.
+            moved: called after each.
         """
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._weights]
         shardings = [leaf.sharding for leaf in self._weights[: len(staged)]]
@@ -78,8 +80,8 @@ class Runner:
         self.model, self.draft = jax.tree.unflatten(self._structure, shapes)
         for i, sharding in enumerate(shardings):
             self._weights[i] = None
-            self._weights[i] = jax.device_put(staged.pop(0), sharding)
-        jax.block_until_ready(self._weights)
+            self._weights[i] = jax.block_until_ready(jax.device_put(staged.pop(0), sharding))
+            moved()
         self.model, self.draft = jax.tree.unflatten(self._structure, self._weights)
 
     def _read(self, chunks: list[Chunk]) -> Delivery:

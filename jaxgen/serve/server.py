@@ -14,6 +14,9 @@ from jaxgen.serve.engine import Engine
 from jaxgen.serve.openai import Api
 from jaxgen.serve.schema import Served
 
+# For what clients have not taken yet when all has been answered.
+FLUSH_S = 10
+
 
 def serve(
     name: str,
@@ -71,9 +74,14 @@ class Server(uvicorn.Server):
 
     def __init__(self, api: Api):
         """Makes a server; `run` or `serve` starts it."""
-        super().__init__(
-            uvicorn.Config(api.app, log_level="warning", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            api.app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=FLUSH_S,
         )
+        super().__init__(config)
         self.api = api
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, EIGHT, ONE, make, mesh_of
 
+from jaxgen.errors import UserError
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.plan import Burst
@@ -115,6 +116,8 @@ def test_pages_fill_the_memory_that_programs_leave(kv_dtype, token_bytes, monkey
     needed = state + 2 * max(own)
     limit = 1000 + needed + 20 * page
     assert [pages_with(limit + n).runner.lattice.num_pages for n in (-1, 0, page)] == [19, 20, 21]
+    with pytest.raises(UserError, match=r"leave 0 MiB of a device .* use --engine\.weights int8"):
+        pages_with(1000 + needed)
 
 
 def test_what_was_compiled_ahead_is_all_there_is(monkeypatch):

@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import jax
 import openai
 import pytest
 from echo_engine import tokenizer
-from serving import running
+from serving import running, wait_for
 from small_model import CONFIG, ONE, make, mesh_of
 
 from jaxgen.cli import main
@@ -46,6 +48,25 @@ def start():
 
 sys.exit(serve("echo", start, host="127.0.0.1", port=0))
 """
+
+
+def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
+    monkeypatch.setattr("jaxgen.serve.openai.SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("jaxgen.serve.server.FLUSH_S", 1)
+    body = {"prompt": "ab" * 1000, "max_tokens": 2000, "n": 8, "logprobs": 20, "stream": True}
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with running() as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+        client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        wait_for(lambda: server.api.answering)
+        wait_for(lambda: not server.api.answering)
+        assert server.engine.idle
+        assert server.engine.stats().blocks_used == 0
+        # Nor does the end wait for it.
+        server.server.handle_exit(signal.SIGTERM, None)
+        wait_for(lambda: server.server.should_exit)
 
 
 class Process:
