@@ -111,46 +111,40 @@ def encode_prompt(
     return tokenizer.encode(text, special=True)
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Sequence[Any] | None = None
-) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
-    """Returns a conversation's ids, and for each whether it is a token the assistant has to say.
-
-    Those are the content of its turns and the token that ends each. Nothing stands before or after
-    what the template writes.
-
-    Raises:
-        UserError: as `encode_chats`.
-    """
-    return encode_chats(tokenizer, [Conversation(messages, tools)])[0][1:]
-
-
 class Encoded(NamedTuple):
-    """A conversation as a model is trained on it."""
+    """A conversation as a model is trained on it, or the part of it up to an answer."""
 
-    text: str
+    whole: str
+    """The text of all of it."""
     ids: Int32[np.ndarray, "T"]
     counted: Bool[np.ndarray, "T"]
 
 
 def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[Encoded]:
-    """Does what `encode_chat` does for many conversations, using all cores.
+    """Returns conversations' ids, and for each whether it is a token the assistant has to say.
+
+    Those are the content of its turns and the token that ends each. Nothing stands before or after
+    what the template writes. Some templates write an answer otherwise once more follows, as without
+    its thoughts; then each answer is learned from a text of its own, which ends with it.
+
+    All cores are used.
 
     Raises:
         UserError: the tokenizer has no chat template; or the template fails, or does not tell where
             an answer begins and ends.
     """
     template = template_of(tokenizer)
-    rendered = []
+    parts: list[tuple[str, str, _Spans]] = []
     for conversation in conversations:
         try:
-            rendered.append(_answers(template, conversation, tokenizer))
+            found = _answers(template, conversation, tokenizer)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from None
-    encoded = tokenizer.encode_with_offsets([text for text, _ in rendered])
+        parts += [(found[-1][0], text, spans) for text, spans in found]
+    encoded = tokenizer.encode_with_offsets([text for _, text, _ in parts])
     return [
-        Encoded(text, ids, _counted(text, spans, ids, offsets, tokenizer.special_ids))
-        for (text, spans), (ids, offsets) in zip(rendered, encoded, strict=True)
+        Encoded(whole, ids, _counted(text, spans, ids, offsets, tokenizer.special_ids))
+        for (whole, text, spans), (ids, offsets) in zip(parts, encoded, strict=True)
     ]
 
 
@@ -168,10 +162,14 @@ def template_of(tokenizer: Tokenizer) -> str:
     return tokenizer.chat_template
 
 
+_Spans = list[tuple[int, int]]
+
+
 def _answers(
     template: str, conversation: Conversation, tokenizer: Tokenizer
-) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a conversation's text, and the characters [start, end) of each answer in it."""
+) -> list[tuple[str, _Spans]]:
+    """Returns a conversation's text, and the characters [start, end) of each answer in it; or, if
+    that has not all answers as they are given, a text for each."""
     messages = conversation.messages
 
     def text_of(count: int, *, add_generation_prompt: bool = False, mark: str = "") -> str:
@@ -192,22 +190,23 @@ def _answers(
         if len(parts) % 2 == 0:
             raise UserError("the chat template leaves a {% generation %} open; correct it")
         ends = np.cumsum([len(part) for part in parts]).tolist()
-        return "".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True))
-    whole, spans = text_of(len(messages)), []
+        return [("".join(parts), list(zip(ends[0:-1:2], ends[1::2], strict=True)))]
+    whole, answers = text_of(len(messages)), []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = text_of(number, add_generation_prompt=True)
         after = text_of(number + 1)
-        if not (after.startswith(before) and whole.startswith(after)):
+        if not after.startswith(before):
             raise UserError(
                 f"the chat template does not write message {number + 1} as an answer to what "
-                "comes before it, or writes it otherwise once more follows, so what to learn is "
-                "unclear; mark it in the template with {% generation %}, or give conversations "
-                "that end with their only answer"
+                "comes before it, so what to learn is unclear; mark it in the template with "
+                "{% generation %}"
             )
-        spans.append((len(before), len(after)))
-    return whole, spans
+        answers.append((after, [(len(before), len(after))]))
+    if all(whole.startswith(after) for after, _ in answers):
+        return [(whole, [span for _, spans in answers for span in spans])]
+    return answers
 
 
 def _counted(

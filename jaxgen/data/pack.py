@@ -190,7 +190,7 @@ def encode_conversations(
     """
     left = iter(conversations)
     for some in iter(lambda: list(itertools.islice(left, _ENCODE_CHATS)), []):
-        for text, ids, counted in encode_chats(tokenizer, some):
+        for whole, ids, counted in encode_chats(tokenizer, some):
             tokens = np.empty(min(len(ids), seq_len), MASKED_TOKEN)
             tokens["id"], tokens["counted"] = ids[:seq_len], counted[:seq_len]
             # Nothing stands before the first token from which it could be told.
@@ -199,7 +199,7 @@ def encode_conversations(
                 continue
             report.cut += len(ids) > seq_len
             said = tokenizer.decode(tokens["id"][tokens["counted"]], special=True)
-            yield Document(text.encode(), len(said.encode()), tokens)
+            yield Document(whole.encode(), len(said.encode()), tokens)
 
 
 def pack_documents(

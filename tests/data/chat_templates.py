@@ -2,6 +2,7 @@
 
 import tokenizers
 
+from jaxgen.data.chat import Conversation, encode_chats
 from jaxgen.data.tokenizer import Tokenizer
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -176,3 +177,9 @@ def tokenizer(name):
     return Tokenizer(
         model(), bos="<s>", eos="</s>", pad=None, begin=(), chat_template=TEMPLATES.get(name, name)
     )
+
+
+def encode_chat(tokenizer, messages, *, tools=None):
+    """The ids of a conversation, and which of them count."""
+    ((_, ids, counted),) = encode_chats(tokenizer, [Conversation(messages, tools)])
+    return ids, counted

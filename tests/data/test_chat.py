@@ -3,9 +3,9 @@ import re
 import chat_templates as chats
 import numpy as np
 import pytest
-from chat_templates import CALLS, SYSTEM, TEMPLATES, TOOLS, TURNS, tokenizer
+from chat_templates import CALLS, SYSTEM, TEMPLATES, TOOLS, TURNS, encode_chat, tokenizer
 
-from jaxgen.data.chat import encode_chat, encode_prompt, render
+from jaxgen.data.chat import Conversation, encode_chats, encode_prompt, render
 from jaxgen.errors import UserError
 
 
@@ -109,23 +109,31 @@ def test_a_prompt_ends_where_the_answer_begins():
             assert ids[: counted.argmax()].tolist() == prompt
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused():
-    # Only the last answer keeps its thoughts.
+def test_answers_that_are_written_otherwise_later_are_learned_one_by_one():
+    # Only the last answer keeps its thoughts, as with Qwen 3.
     forgets = (
         "{% for m in messages %}{{ m.role }}: "
         "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('/')[-1] }}{% endif %}"
         "</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     turns = [*TURNS[:1], {"role": "assistant", "content": "hm/4"}, *TURNS[2:]]
-    with pytest.raises(UserError, match=r"does not write message 2 .*\{% generation %\}") as error:
-        encode_chat(tokenizer(forgets), turns)
-    assert str(error.value).startswith("the conversation: ")
     found = tokenizer(forgets)
-    ids, counted = encode_chat(found, turns[:2])
-    assert found.decode(ids[counted], special=True) == "hm/4</s>"
-    # A prompt that does not lead to the answer is no better.
-    with pytest.raises(UserError, match="does not write message 2"):
-        encode_chat(tokenizer(forgets.replace("assistant: {% endif %}", "A: {% endif %}")), turns)
+    parts = encode_chats(found, [Conversation(turns[:2]), Conversation(turns)])
+    said = [found.decode(ids[counted], special=True) for _, ids, counted in parts]
+    assert said == ["hm/4</s>", "hm/4</s>", "6</s>"]
+    texts = [found.decode(ids, special=True) for _, ids, _ in parts]
+    assert texts[0] == texts[1] == text_of(forgets, turns[:2])
+    assert texts[2] == text_of(forgets, turns)
+    assert "hm/" not in texts[2]
+    # Parts of one conversation are known by the same text, so that none is held out alone.
+    assert [whole for whole, _, _ in parts] == [texts[0], texts[2], texts[2]]
+
+
+def test_a_prompt_that_does_not_lead_to_the_answer_is_refused():
+    leads_away = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}A: "
+    with pytest.raises(UserError, match=r"does not write message 2 .*\{% generation %\}") as error:
+        encode_chat(tokenizer(leads_away), TURNS)
+    assert str(error.value).startswith("the conversation: ")
 
 
 def test_a_mark_that_is_lost_is_noticed():

@@ -4,10 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from chat_templates import TURNS, tokenizer
+from chat_templates import TURNS, encode_chat, tokenizer
 
 from jaxgen.data import rows
-from jaxgen.data.chat import encode_chat
 from jaxgen.data.config import DataConfig
 from jaxgen.data.dataset import prepare
 from jaxgen.data.loader import Loader
