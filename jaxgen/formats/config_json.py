@@ -5,6 +5,7 @@ which both read.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,10 +45,15 @@ HARMLESS = {
 
 
 class Given:
-    """A config.json that is being read: an absent key has its family's default."""
+    """A JSON file that is being read: a key that is absent, or null for no reason, is its default.
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]):
-        self.values, self.defaults = values, defaults
+    Numbers may be written as the other kind, and are finite; an int has 32 bits, as positions do.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any], file: str = "config.json"
+    ):
+        self.values, self.defaults, self.file = values, defaults, file
         self.keys: set[str] = set()
 
     def get(self, key: str, kind: Any, least: int = 1) -> Any:
@@ -58,15 +64,28 @@ class Given:
         """
         self.keys.add(key)
         if key not in self.values and key not in self.defaults:
-            raise UserError(f"config.json has no {key}; without it the model is not known")
-        value = self.values.get(key, self.defaults.get(key))
-        if type(value) is int and not isinstance(value, kind):
-            value = float(value)
-        small = type(value) is int and value < least
-        if small or not isinstance(value, kind) or (type(value) is bool and kind is not bool):
-            wanted = getattr(kind, "__name__", str(kind)) + f" of at least {least}" * small
-            raise UserError(f"config.json: {key}={value!r} is no {wanted}")
-        return value
+            raise UserError(f"{self.file} has no {key}; without it the model is not known")
+        value = self.values.get(key)
+        if key not in self.values or (value is None and not isinstance(None, kind)):
+            value = self.defaults.get(key)
+        found = value
+        if type(value) is int and isinstance(0.0, kind) and not isinstance(0, kind):
+            found = float(str(value))  # Infinity beyond 1e308, where float(value) raises.
+        elif type(value) is float and value.is_integer() and not isinstance(0.0, kind):
+            found = int(value)
+        wanted = getattr(kind, "__name__", str(kind))
+        if type(found) is int and isinstance(found, kind):
+            if not least <= found < 2**31:
+                raise self.wrong(key, f"{wanted} of at least {least} and below 2**31")
+        elif not isinstance(found, kind) or (type(found) is bool and kind is not bool):
+            raise self.wrong(key, wanted)
+        elif type(found) is float and not math.isfinite(found):
+            raise self.wrong(key, "finite number")
+        return found
+
+    def wrong(self, key: str, wanted: str) -> UserError:
+        """Returns the error about a value that is not what is wanted."""
+        return UserError(f"{self.file}: {key}={self.values.get(key)!r} is no {wanted}; correct it")
 
     def finish(self) -> None:
         """Checks the keys that no one asked for, and names those that are not known on stderr.
@@ -80,7 +99,12 @@ class Given:
                 raise refused(key, rest[key])
         unknown = sorted(rest.keys() - FIXED.keys() - HARMLESS)
         if unknown:
-            print(f"config.json: ignored {', '.join(unknown)}: not known", file=sys.stderr)
+            name_ignored(self.file, unknown)
+
+
+def name_ignored(file: str, keys: Sequence[str]) -> None:
+    """Says on stderr which keys of a file are not read."""
+    print(f"{file}: ignored {', '.join(keys)}: not known", file=sys.stderr)
 
 
 def refused(key: str, value: Any, known: Sequence[str] = ()) -> UserError:

@@ -264,12 +264,15 @@ def family_of(given: Mapping[str, Any]) -> Family:
     Raises:
         UserError: its architecture is none of ours; the message lists those that are.
     """
-    names = given.get("architectures") or ["none"]
+    said = Given(given, {"architectures": None, "model_type": None})
+    names, kind = said.get("architectures", list | None), said.get("model_type", str | None)
     for family in FAMILIES:
-        if family.architecture in names:
+        if family.architecture in names if names else family.model_type == kind:
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    raise UserError(f"architecture {names[0]} is not supported; use one of {known}")
+    raise UserError(
+        f"architecture {names[0] if names else kind} is not supported; use one of {known}"
+    )
 
 
 def family_for(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:

@@ -93,6 +93,11 @@ def window_by_layer(default: Callable[[Given, int], bool]) -> Part:
             )
         else:
             kinds = [names[name] for name in types]
+        if any(kinds) and window is None:
+            raise UserError(
+                "config.json: layer_types has sliding_attention and no sliding_window is in use; "
+                "set it (and use_sliding_window, where that is a key), or make all full_attention"
+            )
         return {"sliding_window": window if any(kinds) else None, "layer_pattern": shortest(kinds)}
 
     def write(config: DecoderConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def _read_scaling(
     if kind != "default" and kind not in kinds:
         raise refused("rope_type", kind, ["default", *kinds])
     found = {key: value for key, value in params.items() if value is not None}
-    for key in ("rope_type", "type", "rope_theta"):
+    for key in ("rope_type", "type", "rope_theta", "finetuned"):
         found.pop(key, None)
     if found.pop("partial_rotary_factor", 1) != 1:
         raise refused("partial_rotary_factor", params["partial_rotary_factor"])
@@ -83,15 +83,18 @@ def rope(*kinds: str) -> Part:
     """One base and scaling for all layers, of these kinds."""
 
     def read(given: Given) -> dict[str, Any]:
-        params = given.get("rope_scaling", dict | None) or {}
-        params = params or given.get("rope_parameters", dict | None) or {}
-        base = given.get("rope_theta", float)
+        old, new = (given.get(key, dict | None) for key in ("rope_scaling", "rope_parameters"))
+        params = old or new or {}
         return {
-            "rope_theta": float(params.get("rope_theta") or base),
+            "rope_theta": _base(params, given.get("rope_theta", float)),
             "rope_scaling": _read_scaling(params, given, kinds),
         }
 
     return Part(read, _write_rope)
+
+
+def _base(params: Mapping[str, Any], default: float) -> float:
+    return Given(params, {"rope_theta": default}).get("rope_theta", float)
 
 
 def _write_rope(config: DecoderConfig) -> dict[str, Any]:
@@ -109,11 +112,11 @@ def _read_rope_by_kind(given: Given) -> dict[str, Any]:
     """Local layers have a base of their own, and no scaling."""
     params, local = given.get("rope_parameters", dict | None) or {}, {}
     if params.keys() & {"full_attention", "sliding_attention"}:
-        params, local = (params.get(key) or {} for key in ("full_attention", "sliding_attention"))
+        kinds = Given(params, {"full_attention": {}, "sliding_attention": {}})
+        params, local = (kinds.get(key, dict) for key in kinds.defaults)
     params = given.get("rope_scaling", dict | None) or params
-    base, local_base = given.get("rope_theta", float), given.get("rope_local_base_freq", float)
-    theta = float(params.get("rope_theta") or base)
-    local_theta = float(local.get("rope_theta") or local_base)
+    theta = _base(params, given.get("rope_theta", float))
+    local_theta = _base(local, given.get("rope_local_base_freq", float))
     scaling = _read_scaling(params, given)
     if _read_scaling(local, given) is not None:
         raise refused("RoPE scaling of sliding_attention", local.get("rope_type"), ["default"])

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxgen.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -33,6 +35,18 @@ class RopeScaling:
     """yarn: frequencies that turn less often than this over the trained length are divided."""
     attention_factor: float | None = None
     """yarn: factor on cos and sin; None for 0.1 * ln(factor) + 1."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"RoPE scaling {field.name}={value}; use a number above 0")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise UserError(
+                    f"RoPE scaling {low}={getattr(self, low)} is not below "
+                    f"{high}={getattr(self, high)}; set one that is"
+                )
 
 
 def frequencies(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -118,6 +119,31 @@ def test_layers_after_max_window_layers_are_local():
     assert read("qwen2", layer_types=["full_attention"] * 4).layer_pattern == ("global",)
 
 
+def scaling(kind, **options):
+    return {"rope_type": kind, **options}
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "same"),
+    [
+        ("llama_linear", {"architectures": None}, {}),
+        ("llama_linear", {"architectures": []}, {}),
+        ("llama_linear", {"tie_word_embeddings": None}, {"tie_word_embeddings": False}),
+        ("gemma2", {"query_pre_attn_scalar": 144.0}, {"query_pre_attn_scalar": 144}),
+        ("gemma2", {"hidden_activation": None}, {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("llama_linear", {"rope_parameters": {"rope_type": "default"}}, {}),
+        (
+            "llama_linear",
+            {"rope_scaling": scaling("yarn", factor=4.0, finetuned=True)},
+            {"rope_scaling": scaling("yarn", factor=4.0)},
+        ),
+    ],
+)
+def test_what_says_the_same_in_other_words_is_read_in_silence(capsys, case, changes, same):
+    assert read(case, **changes) == read(case, **same)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
@@ -155,6 +181,53 @@ def test_layers_after_max_window_layers_are_local():
         ("llama_linear", {"rope_scaling": {"type": "linear"}}, "scaling linear has no factor"),
         ("llama_linear", {"hidden_size": "32"}, "hidden_size='32' is no int"),
         ("llama_linear", {"num_attention_heads": 0}, "=0 is no int of at least 1"),
+        ("llama_linear", {"max_position_embeddings": 10**12}, "=1000000000000 is no int of at"),
+        ("llama_linear", {"num_attention_heads": 4.5}, "num_attention_heads=4.5 is no int"),
+        ("llama_linear", {"vocab_size": None}, "vocab_size=None is no int"),
+        ("llama_linear", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan is no finite number"),
+        ("llama_linear", {"rope_theta": 10**400}, "is no finite number"),
+        ("llama_linear", {"rope_theta": True}, "rope_theta=True is no float"),
+        ("llama_linear", {"rope_theta": 0}, "rope_theta=0.0; use a number above 1"),
+        ("llama_linear", {"rope_theta": -5.0}, "rope_theta=-5.0; use a number above 1"),
+        ("llama_yarn", {"rope_theta": 1}, "rope_theta=1.0; use a number above 1"),
+        ("gemma3", {"rope_local_base_freq": 0}, "rope_local_theta=0.0; use a number above 1"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attention_soft_cap=0.0; use a number above 0"),
+        (
+            "llama_linear",
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": "abc"}},
+            "rope_theta='abc' is no float",
+        ),
+        (
+            "llama_linear",
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": [1]}},
+            "rope_theta=[1] is no float",
+        ),
+        (
+            "gemma3",
+            {"rope_scaling": None, "rope_parameters": {"full_attention": 5}},
+            "full_attention=5 is no dict",
+        ),
+        ("llama_linear", {"rope_scaling": scaling("linear", factor=0)}, "factor=0.0; use"),
+        ("llama_linear", {"rope_scaling": scaling("linear", factor=-2)}, "factor=-2.0; use"),
+        (
+            "llama_linear",
+            {"rope_scaling": scaling("llama3", factor=8, low_freq_factor=4, high_freq_factor=4)},
+            "low_freq_factor=4.0 is not below high_freq_factor=4.0",
+        ),
+        (
+            "llama_linear",
+            {"rope_scaling": scaling("yarn", factor=8, beta_slow=0)},
+            "beta_slow=0.0; use a number above 0",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+            "config.json: layer_types has sliding_attention and no sliding_window is in use",
+        ),
+        ("llama_linear", {"architectures": "FooForCausalLM"}, "='FooForCausalLM' is no list"),
+        ("llama_linear", {"architectures": {}}, "architectures={} is no list"),
+        ("llama_linear", {"architectures": 5}, "architectures=5 is no list"),
+        ("llama_linear", {"architectures": None, "model_type": "bert"}, "architecture bert is not"),
         ("llama_linear", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type=['yarn'] is not"),
         ("llama_linear", {"architectures": ["BertModel"]}, "architecture BertModel is not supp"),
     ],
