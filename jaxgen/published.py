@@ -4,13 +4,13 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 
 from jaxgen.data import sources
 from jaxgen.formats import folder, safetensors
+from jaxgen.formats.config_json import Given, name_ignored
 from jaxgen.formats.families import Family, family_of
 from jaxgen.models.decoder import Decoder
 from jaxgen.pretrained import GenerationDefaults, Pretrained, read_json, short_hash
@@ -28,6 +28,23 @@ _SMALL_FILES = (
     "chat_template.json",
     folder.GENERATION,
 )
+_GENERATION: dict[str, Any] = {
+    **dict.fromkeys(("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")),
+    "do_sample": False,
+    "temperature": 1.0,
+}
+# Of generation_config.json: where 1 means off, as 0, false and null do everywhere.
+_OFF_AT_ONE = {
+    *("num_beams", "num_beam_groups", "typical_p", "length_penalty", "guidance_scale"),
+    *("encoder_repetition_penalty", "num_return_sequences"),
+}
+# What no text depends on, or, as lengths, the request says.
+_LEFT_TO_OTHERS = {
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
+    *("max_length", "max_new_tokens", "use_cache", "cache_implementation", "cache_config"),
+    *("_from_model_config", "trust_remote_code", "return_dict_in_generate", "output_scores"),
+    *("output_attentions", "output_hidden_states", "output_logits", "chat_format"),
+}
 # Of a file, from its end: other weights of the same shapes differ there, too.
 _TAIL_BYTES = 1 << 16
 
@@ -72,15 +89,29 @@ class Published(Pretrained):
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
         """What generation_config.json says, and all ends of text that any file names."""
-        said = read_json(f"{self.location}/{folder.GENERATION}") or {}
-        stops = tuple(dict.fromkeys([*_ids(said), *_ids(self.given), self.tokenizer().eos_id]))
-        if not said:
+        values = read_json(f"{self.location}/{folder.GENERATION}") or {}
+        said = Given(values, _GENERATION, folder.GENERATION)
+        ends = [*self._ends(said), *self._ends(Given(self.given, _GENERATION))]
+        stops = tuple(dict.fromkeys([*ends, self.tokenizer().eos_id]))
+        if not values:
             return GenerationDefaults(stops)
-        temperature = 0.0
-        if said.get("do_sample"):
-            temperature = 1.0 if said.get("temperature") is None else said["temperature"]
-        names = ("top_k", "top_p", "min_p", "repetition_penalty")
-        return GenerationDefaults(stops, temperature, **{name: said.get(name) for name in names})
+        temperature, samples = said.get("temperature", float), said.get("do_sample", bool)
+        top_k = said.get("top_k", int | None, least=0)
+        names = ("top_p", "min_p", "repetition_penalty")
+        rest = {name: said.get(name, float | None) for name in names}
+        on = {key for key, x in values.items() if x and not (x == 1 and key in _OFF_AT_ONE)}
+        if ignored := sorted(on - said.keys - _LEFT_TO_OTHERS):
+            name_ignored(folder.GENERATION, ignored)
+        return GenerationDefaults(stops, temperature if samples else 0.0, top_k, **rest)
+
+    def _ends(self, said: Given) -> list[int]:
+        """The end-of-text ids that a config names: none, one or several."""
+        found = said.get("eos_token_id", int | list | None, least=0)
+        ids = found if isinstance(found, list) else [found] * (found is not None)
+        size = self.config.vocab_size
+        if not all(type(token) is int and 0 <= token < size for token in ids):
+            raise said.wrong("eos_token_id", f"token of the model's {size}")
+        return ids
 
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the weights; see `Pretrained`."""
@@ -101,9 +132,3 @@ class Published(Pretrained):
             return
         content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
         sources.write_bytes(f"{location}/{folder.CONFIG}", content)
-
-
-def _ids(given: dict[str, Any]) -> Iterable[int]:
-    """The end-of-text ids that a config names: none, one or several."""
-    ids = given.get("eos_token_id")
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids

@@ -139,6 +139,44 @@ def test_generation_defaults_are_those_of_the_folder(tmp_path, said, defaults):
     assert open_model(tmp_path).generation == GenerationDefaults((257,), *defaults)
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"temperature": "0.6"}, "temperature='0.6' is no float"),
+        ({"do_sample": "yes"}, "do_sample='yes' is no bool"),
+        ({"top_k": 2.5}, "top_k=2.5 is no int"),
+        ({"top_p": [1]}, r"top_p=\[1\] is no float"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is no int"),
+        ({"eos_token_id": [99999999999]}, r"eos_token_id=\[99999999999\] is no token of .* 272"),
+        ({"eos_token_id": [[1]]}, r"eos_token_id=\[\[1\]\] is no token"),
+        ({"eos_token_id": [-1]}, r"eos_token_id=\[-1\] is no token"),
+        ({"eos_token_id": 272}, "eos_token_id=272 is no token"),
+        ({"eos_token_id": [True]}, r"eos_token_id=\[True\] is no token"),
+    ],
+)
+def test_generation_defaults_of_another_kind_are_one_line(tmp_path, said, line):
+    write_folder(tmp_path, LLAMA, {}, said)
+    with pytest.raises(UserError, match=rf"^generation_config\.json: {line}.*; correct it$"):
+        _ = open_model(tmp_path).generation
+    if "eos_token_id" in said:
+        write_folder(tmp_path, LLAMA | said, {}, {})
+        with pytest.raises(UserError, match=rf"^config\.json: {line}"):
+            _ = open_model(tmp_path).generation
+
+
+def test_what_would_change_an_answer_and_does_not_is_named(tmp_path, capsys):
+    neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None}
+    harmless = {"max_length": 20, "transformers_version": "5", "pad_token_id": 3}
+    write_folder(tmp_path, LLAMA, {}, neutral | harmless)
+    _ = open_model(tmp_path).generation
+    assert capsys.readouterr().err == ""
+    changing = {"num_beams": 4, "typical_p": 0.9, "bad_words_ids": [[7]], "suppress_tokens": [1]}
+    write_folder(tmp_path, LLAMA, {}, neutral | changing)
+    _ = open_model(tmp_path).generation
+    said = "ignored bad_words_ids, num_beams, suppress_tokens, typical_p: not known"
+    assert capsys.readouterr().err == f"generation_config.json: {said}\n"
+
+
 def test_every_end_that_is_named_ends_an_answer(tmp_path):
     given = LLAMA | {"eos_token_id": [3, 4]}
     write_folder(tmp_path, given, {}, {"eos_token_id": 5, "do_sample": False})
