@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxgen.data import sources
+from jaxgen.data.tokenizer_config import TEMPLATE, read_config, read_template, token_name
 from jaxgen.errors import UserError
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -30,8 +31,6 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-_TEMPLATE = "chat_template.jinja"
 
 # A longer text is encoded in parts cut at line ends: an Encoding takes some 100 bytes a token.
 _MAX_CHARS = 1 << 20
@@ -96,7 +95,7 @@ class Tokenizer:
         self.begin = usual if begin is None else begin
         self.chat_template = chat_template
         self._config = dict(config)
-        named = {key: _token_name(config[key]) for key in config if key.endswith("_token")}
+        named = {key: token_name(config[key]) for key in config if key.endswith("_token")}
         self.special_names = {k: name for k, name in (named | self._names).items() if name}
         # Without what adds `begin`, so that `save` may put that into the file.
         key = model.to_str() + json.dumps(self._names, sort_keys=True)
@@ -155,8 +154,9 @@ class Tokenizer:
                 f"{path} is not a tokenizer ({error}); give a Hugging Face tokenizer.json, "
                 "or use data.tokenizer=bpe or bytes"
             ) from None
-        config = _read_config(f"{folder}/tokenizer_config.json")
-        names = {key: _token_name(config.get(key)) for key in ("bos_token", "eos_token")}
+        config = read_config(f"{folder}/tokenizer_config.json")
+        _add_tokens(model, config)
+        names = {key: token_name(config.get(key)) for key in ("bos_token", "eos_token")}
         vocab = model.get_vocab()
         eos = names["eos_token"] or next((t for t in _KNOWN_EOS if t in vocab), None)
         if eos is None:
@@ -165,10 +165,10 @@ class Tokenizer:
                 "beside it"
             )
         bos = names["bos_token"] if config else next((t for t in _KNOWN_BOS if t in vocab), None)
-        pad = _token_name(config.get("pad_token")) or next(
+        pad = token_name(config.get("pad_token")) or next(
             (t for t in _KNOWN_PAD if t in vocab), None
         )
-        begin, template = _read_begin(model, config), _read_template(folder, config)
+        begin, template = _read_begin(model, config), read_template(folder, config)
         return Tokenizer(
             model, bos=bos, eos=eos, pad=pad, begin=begin, chat_template=template, config=config
         )
@@ -187,7 +187,7 @@ class Tokenizer:
         files = {
             "tokenizer.json": self._json_with_begin(),
             "tokenizer_config.json": json.dumps(config, indent=2),
-            _TEMPLATE: self.chat_template,
+            TEMPLATE: self.chat_template,
         }
         for name, text in files.items():
             if text is not None:
@@ -312,13 +312,29 @@ def _split_long(text: str) -> list[str]:
     return [*parts, text]
 
 
-def _read_config(url: str) -> dict[str, Any]:
-    if not sources.exists(url):
-        return {}
+def _add_tokens(model: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that tokenizer_config.json alone names, as transformers does."""
+    there = {token.content for token in model.get_added_tokens_decoder().values()}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     try:
-        return json.loads(sources.read_bytes(url))
-    except ValueError as error:
-        raise UserError(f"{url} is not JSON ({error}); correct or remove it") from None
+        named = {
+            int(number): AddedToken(token["content"], **{k: token[k] for k in flags if k in token})
+            for number, token in (config.get("added_tokens_decoder") or {}).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"tokenizer_config.json: added_tokens_decoder is no table of tokens ({error!r}); "
+            "correct it"
+        ) from None
+    for number, token in sorted(named.items(), key=lambda item: item[0]):
+        if token.content in there:
+            continue
+        model.add_tokens([token])
+        if (found := model.token_to_id(token.content)) != number:
+            raise UserError(
+                f"tokenizer_config.json has {token.content!r} as {number} and it is {found} by "
+                "tokenizer.json; correct the one that is wrong"
+            )
 
 
 def _read_begin(model: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -332,19 +348,3 @@ def _read_begin(model: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple
     plain, whole = model.encode("a", add_special_tokens=False).ids, model.encode("a").ids
     starts = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
     return tuple(whole[: next(starts, 0)])
-
-
-def _read_template(folder: str, config: Mapping[str, Any]) -> str | None:
-    if sources.exists(f"{folder}/{_TEMPLATE}"):
-        return sources.read_bytes(f"{folder}/{_TEMPLATE}").decode()
-    found = config.get("chat_template")
-    if found is None:
-        found = _read_config(f"{folder}/chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        found = {one["name"]: one["template"] for one in found}.get("default")
-    return found
-
-
-def _token_name(token: Any) -> str | None:
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -149,7 +150,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _places(index: Any) -> dict[str, str]:
-    return {name: str(file) for name, file in index["weight_map"].items()}
+    places = index["weight_map"]
+    if outside := [file for file in places.values() if os.path.basename(file) != file]:
+        raise UserError(f"{outside[0]} is not in the folder; {_AGAIN}")
+    return dict(places)
 
 
 def _tensors(url: str, header: Any, begin: int) -> dict[str, Stored]:

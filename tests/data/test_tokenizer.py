@@ -236,6 +236,47 @@ def test_the_chat_template_is_found_and_kept(tmp_path, place):
     assert Tokenizer.load(str(tmp_path / "again")).chat_template == "{{ 1 }}\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("tokenizer_config.json", b"[]", r"tokenizer_config\.json holds a list, no object"),
+        ("chat_template.json", b"3", r"chat_template\.json holds a int, no object"),
+        ("chat_template.json", b'{"chat_template": {"a": 1}}', r"no text .*TypeError\('a dict'\)"),
+        ("chat_template.json", b'{"chat_template": [{"x": 1}]}', r"no text .*KeyError\('name'\)"),
+        ("chat_template.json", b'{"chat_template": [7]}', "chat_template is no text and no list"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja is not UTF-8"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [5]}', "is no table of tokens"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "is no table of tokens"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"9": {"content": "<eot>"}}}',
+            r"has '<eot>' as 9 and it is 4 by tokenizer\.json",
+        ),
+    ],
+)
+def test_files_of_another_kind_are_one_line(tmp_path, name, content, line):
+    outside_tokenizer("<s>", "</s>").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line) as error:
+        Tokenizer.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_that_the_config_alone_names_are_tokens(tmp_path):
+    """As in transformers, whether the vocabulary has the id already or not."""
+    added = {"3": "</s>", "4": "<eot>", "0": "a"}
+    config = {
+        "added_tokens_decoder": {n: {"content": c, "special": n == "4"} for n, c in added.items()}
+    }
+    found = save_outside(tmp_path, config)
+    assert found.encode("a<eot>a", special=True) == [0, 4, 0]
+    assert (found.vocab_size, 4 in found.special_ids, 0 in found.special_ids) == (5, True, False)
+    found.save(str(tmp_path / "again"))
+    again = Tokenizer.load(str(tmp_path / "again"))
+    assert again.fingerprint == found.fingerprint
+    assert again.encode("<eot>", special=True) == [4]
+
+
 def test_offsets_point_at_the_characters_of_a_token(bpe):
     text = " é漢😀 end" + EOS
     ((ids, offsets),) = bpe.encode_with_offsets([text])

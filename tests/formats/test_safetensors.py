@@ -174,11 +174,22 @@ def test_files_that_do_not_fit_their_index_are_refused(tmp_path):
         open_folder(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"metadata": {}}']
+)
 def test_an_index_of_another_kind_is_one_line(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(UserError, match="does not say where tensors are"):
         open_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["../1.safetensors", "/1.safetensors", "memory://1.safetensors"])
+def test_an_index_names_files_of_its_folder_alone(tmp_path, file):
+    write_file(tmp_path / "1.safetensors", {"a": A})
+    (tmp_path / "in").mkdir()
+    write_sharded(tmp_path / "in", {}, {"a": file})
+    with pytest.raises(UserError, match=rf"index\.json: {file} is not in the folder; copy or"):
+        open_folder(str(tmp_path / "in"))
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
