@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
-from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.families import Family
 from jaxgen.formats.layout import Place, check, places_of, shapes_of
@@ -249,15 +248,7 @@ def _write_rows(file: Any, name: str, place: Place, values: np.ndarray, dtype: n
     turned = _bits(values).transpose(place.turned)
     for start, stop in _chunks(place, 0, len(turned), values.dtype.itemsize):
         rows = np.ascontiguousarray(turned[start:stop]).reshape(-1).view(values.dtype)
-        file.write(_cast(name, rows, dtype).view(np.uint8).data)
-
-
-def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype, copy=False)
-    if dtype == np.float16 and not np.isfinite(cast).all():
-        raise UserError(f"tensor {name} has values that float16 has not; use bfloat16 or float32")
-    return cast
+        file.write(safetensors.cast(name, rows, dtype).view(np.uint8).data)
 
 
 def write_folder(

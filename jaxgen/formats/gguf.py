@@ -4,6 +4,7 @@ Weights are dequantised. What GGUF changes of a published model is changed back:
 rows, Gemma's norm weights, frequencies that stand for a scaling.
 """
 
+import json
 import math
 import os
 import re
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.data import sources
+from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
-from jaxgen.formats import safetensors
+from jaxgen.formats import layout, safetensors
+from jaxgen.formats.families import family_of
+from jaxgen.formats.folder import CONFIG
 from jaxgen.formats.gguf_config import LEFT_OUT, TOP, Architecture, Dtype, architecture_of, configs
 from jaxgen.formats.gguf_file import GGUFFile
 from jaxgen.formats.gguf_tokenizer import tokenizer_files
@@ -43,24 +47,16 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, dtype: Dtype = "flo
     out = Path(out)
     sources.check_empty(str(out))
     file = GGUFFile(os.fspath(path))
-    try:
-        architecture = architecture_of(file)
-        parts = _parts(file, architecture)
-        files = configs(file, architecture, dtype) | tokenizer_files(file.facts)
-    except (UserError, KeyError) as error:
-        what = error if isinstance(error, UserError) else f"says no {error}; convert it again"
-        raise UserError(f"{path}: {what}") from None
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     kind = np.dtype(jnp.dtype(dtype))
     try:
-        for name, text in files.items():
-            (partial / name).write_text(text)
+        architecture, parts = _begin(file, partial, dtype)
 
         def write(opened: Any, tensor: str) -> None:
             weights = _weights(file, architecture, parts[tensor])
-            opened.write(weights.astype(kind).tobytes())
+            opened.write(safetensors.cast(tensor, weights, kind).tobytes())
 
         specs = {name: Spec(kind, part.shape) for name, part in parts.items()}
         safetensors.write_files(str(partial), specs, write)
@@ -79,6 +75,33 @@ class _Part(NamedTuple):
     expert: int | None
     """Which of those that stand in one tensor."""
     shape: tuple[int, ...]
+
+
+def _begin(file: GGUFFile, folder: Path, dtype: Dtype) -> tuple[Architecture, dict[str, _Part]]:
+    """Writes all but the weights, and checks that with these the folder will be a model."""
+    try:
+        architecture = architecture_of(file)
+        parts = _parts(file, architecture)
+        files = configs(file, architecture, dtype) | tokenizer_files(file.facts)
+        file.finish()
+    except (UserError, KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"its header contradicts itself ({error!r}); convert it again"
+        if isinstance(error, UserError | KeyError):
+            what = error if isinstance(error, UserError) else f"says no {error}; convert it again"
+        raise UserError(f"{file.path}: {what}") from None
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    given = json.loads(files[CONFIG])
+    family = family_of(given)
+    try:
+        config = family.read(given)
+        model = layout.abstract_decoder(config)
+        specs = {name: Spec(np.dtype(np.float32), part.shape) for name, part in parts.items()}
+        layout.check("it", specs, family, model)
+        check_vocab(Tokenizer.load(str(folder)), config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    return architecture, parts
 
 
 def _parts(file: GGUFFile, architecture: Architecture) -> dict[str, _Part]:

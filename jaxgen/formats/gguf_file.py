@@ -5,8 +5,19 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import UserError
+from jaxgen.formats.config_json import name_ignored
 
 _MISSING: Any = object()
+# Factors that no architecture here has, and the values with which they do nothing.
+_FIXED = {
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+}
+# Said by the shapes of tensors, or of no effect.
+_HARMLESS = {"vocab_size", "attention.value_length", "rope.scaling.finetuned", "tensor_data_layout"}
 
 
 class GGUFFile:
@@ -54,6 +65,7 @@ class GGUFFile:
             for name, tensor in self._tensors.items()
         }
         self.architecture = self.facts.get("general.architecture")
+        self._keys: set[str] = set()
 
     def get(self, key: str, default: Any = _MISSING) -> Any:
         """Returns what the file says of the model, by the key without its architecture.
@@ -61,17 +73,42 @@ class GGUFFile:
         Raises:
             UserError: it says nothing, and there is no default.
         """
+        self._keys.add(key)
         found = self.facts.get(f"{self.architecture}.{key}", default)
         if found is _MISSING:
             raise UserError(f"it says no {self.architecture}.{key}; convert the model again")
         # Stored as fp32: the number of a config.json is the shortest that gives it.
         return float(str(np.float32(found))) if isinstance(found, float) else found
 
+    def finish(self) -> None:
+        """Names on stderr what the file says of the model and no one asked for.
+
+        Raises:
+            UserError: it changes what the model computes.
+        """
+        start = f"{self.architecture}."
+        said = {key.removeprefix(start) for key in self.facts if key.startswith(start)}
+        rest = said - self._keys - _HARMLESS
+        for key in sorted(rest & _FIXED.keys()):
+            if (value := self.get(key)) not in _FIXED[key]:
+                raise UserError(f"{start}{key}={value} is not supported; use another model")
+        if ignored := sorted(start + key for key in rest - _FIXED.keys()):
+            name_ignored(self.path, ignored)
+
     @property
     def heads(self) -> tuple[int, int]:
-        """Attention heads, and those of keys and values."""
+        """Attention heads, and those of keys and values.
+
+        Raises:
+            UserError: they are no numbers: some architectures have one for each layer.
+        """
         heads = self.get("attention.head_count")
-        return heads, self.get("attention.head_count_kv", heads)
+        found = heads, self.get("attention.head_count_kv", heads)
+        if not all(isinstance(number, int) and number > 0 for number in found):
+            raise UserError(
+                f"heads={found[0]} kv_heads={found[1]} are not supported; use a number above 0"
+            )
+        return found
 
     @property
     def head_dim(self) -> int:

@@ -10,13 +10,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.errors import UserError
 from jaxgen.formats.families import Family, Tensor
-from jaxgen.formats.safetensors import Stored
+from jaxgen.formats.safetensors import Spec
+from jaxgen.models.config import DecoderConfig
 from jaxgen.models.decoder import Decoder
+from jaxgen.sharding import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,14 @@ def shapes_of(places: list[Place]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check(folder: str, stored: Mapping[str, Stored], family: Family, model: Decoder) -> None:
+def abstract_decoder(config: DecoderConfig) -> Decoder:
+    """Returns the shapes of a model's parameters, on no device."""
+    mesh = AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+
+
+def check(folder: str, stored: Mapping[str, Spec], family: Family, model: Decoder) -> None:
     """Checks that files hold exactly the tensors of a model, in the shapes of its config.
 
     Raises:
@@ -111,13 +122,13 @@ def check(folder: str, stored: Mapping[str, Stored], family: Family, model: Deco
     for name, shape in shapes.items():
         if name not in stored:
             raise UserError(
-                f"{folder} has no tensor {name}, which is {list(shape)} by its config.json; "
+                f"{folder} has no tensor {name}, which is {list(shape)} by its config; "
                 "correct that, or copy the files again"
             )
         if stored[name].shape != shape:
             raise UserError(
                 f"tensor {name} is {list(stored[name].shape)} in {folder} and {list(shape)} "
-                f"by its config.json; correct the one that is wrong"
+                f"by its config; correct the one that is wrong"
             )
     # A table that is tied may be there once more, and angles are computed.
     unused = {tensor.theirs for tensor in family.tensors if tensor.ours == "head"}
@@ -125,5 +136,5 @@ def check(folder: str, stored: Mapping[str, Stored], family: Family, model: Deco
         if not (name in shapes or name in unused or name.endswith("rotary_emb.inv_freq")):
             raise UserError(
                 f"tensor {name} {list(stored[name].shape)} in {folder} has no place in a "
-                f"{family.architecture} of its config.json; correct that, or remove the tensor"
+                f"{family.architecture} of its config; correct that, or remove the tensor"
             )

@@ -208,6 +208,19 @@ def write_files(
         sources.write_bytes(f"{folder}/{INDEX}", make_index(files))
 
 
+def cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor's values in the dtype of its file.
+
+    Raises:
+        UserError: float16 has not all of them.
+    """
+    with np.errstate(over="ignore"):
+        found = values.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(found).all():
+        raise UserError(f"tensor {name} has values that float16 has not; use bfloat16 or float32")
+    return found
+
+
 def in_order(tensors: Mapping[str, Spec]) -> dict[str, Spec]:
     """Returns tensors in the order in which a file has them: by dtype, then by name."""
     ranks = {jnp.dtype(name): rank for rank, name in enumerate(DTYPES.values())}

@@ -49,14 +49,27 @@ def weights(arch, *, qk_norm=False, bias=False, experts=0, head=False):
     return {name: rng.normal(size=shape).astype(np.float32) * 0.1 for name, shape in shapes.items()}
 
 
-def write(path, arch, tensors, *, quantised=None, facts=None, pre="smollm", tokenizer=True):
+def write(
+    path,
+    arch,
+    tensors,
+    *,
+    quantised=None,
+    facts=None,
+    pre="smollm",
+    tokenizer=True,
+    sizes=None,
+    merges=MERGES,
+    num_types=None,
+    bos=1,
+):
     """Writes a file; `tensors` have GGUF's names, `quantised` their types (F32 if not said)."""
-    writer, s = gguf.GGUFWriter(path, arch), SIZES
+    writer, s = gguf.GGUFWriter(path, arch), SIZES | (sizes or {})
     writer.add_block_count(s["layers"])
     writer.add_context_length(128)
     writer.add_embedding_length(s["embed"])
     writer.add_feed_forward_length(s["mlp"])
-    writer.add_head_count(s["heads"])
+    writer.add_head_count(s["heads"])  # A list is a number for each layer.
     writer.add_head_count_kv(s["kv_heads"])
     writer.add_key_length(s["head_dim"])
     writer.add_layer_norm_rms_eps(1e-5)
@@ -70,9 +83,10 @@ def write(path, arch, tensors, *, quantised=None, facts=None, pre="smollm", toke
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
-        writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-        writer.add_token_merges(MERGES)
-        writer.add_bos_token_id(1)
+        types = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL))
+        writer.add_token_types(types[:num_types])
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(bos)
         writer.add_eos_token_id(0)
         writer.add_add_bos_token(False)
         writer.add_chat_template(TEMPLATE)

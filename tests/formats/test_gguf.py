@@ -12,6 +12,7 @@ from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.gguf import convert
+from jaxgen.formats.gguf_file import GGUFFile
 from jaxgen.pretrained import load_model, open_model
 from jaxgen.sharding import MeshConfig, make_mesh
 
@@ -315,3 +316,66 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         convert(path, out)
     assert (out / "mine").exists()
+
+
+BIAS = {"blk.0.attn_q.bias": np.zeros(128, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "line"),
+    [
+        ({}, {"bos": 999}, "its header contradicts itself .*IndexError"),
+        ({}, {"num_types": 5}, "its header contradicts itself .*ValueError"),
+        ({}, {"sizes": {"heads": [4, 4]}}, r"heads=\[4, 4\] kv_heads=2 are not supported"),
+        ({}, {"sizes": {"heads": 0}}, "heads=0 kv_heads=2 are not supported"),
+        ({}, {"sizes": {"kv_heads": [2, 2]}}, r"heads=4 kv_heads=\[2, 2\] are not supp"),
+        (BIAS, {}, r"tensor model\.layers\.0\.self_attn\.q_proj\.bias \[128\] in it has no place"),
+        (
+            {},
+            {"sizes": {"layers": 3}},
+            r"it has no tensor model\.layers\.2\..* by its config",
+        ),
+        (
+            {},
+            {"sizes": {"mlp": 95}},
+            r"down_proj\.weight is \[64, 96\] in it and \[64, 95\] by its",
+        ),
+        ({}, {"sizes": {"kv_heads": 4}}, r"k_proj\.weight is \[64, 64\] in it and \[128, 64\]"),
+        ({}, {"merges": ["q never"]}, "is not a tokenizer .*out of vocabulary"),
+        (
+            {},
+            {"facts": {"llama.embedding_scale": 12.0}},
+            r"llama\.embedding_scale=12\.0 is not supp",
+        ),
+        ({}, {"facts": {"llama.residual_scale": 0.22}}, r"llama\.residual_scale=0\.22 is not supp"),
+        ({}, {"facts": {"llama.logit_scale": 8.0}}, r"llama\.logit_scale=8\.0 is not supported"),
+    ],
+)
+def test_a_header_that_contradicts_its_tensors_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, more, options, line
+):
+    path, tensors = tmp_path / "m.gguf", files.theirs("llama", files.weights("llama"))
+    files.write(path, "llama", tensors | more, **options)
+    monkeypatch.setattr(GGUFFile, "weights", lambda *args: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=rf"m\.gguf: .*{line}") as error:
+        convert(path, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_what_no_one_reads_is_named(tmp_path, capsys):
+    path, tensors = tmp_path / "m.gguf", files.theirs("llama", files.weights("llama"))
+    facts = {"llama.attention.sliding_window": 16, "llama.logit_scale": 1.0, "llama.vocab_size": 9}
+    files.write(path, "llama", tensors, facts=facts)
+    convert(path, tmp_path / "out")
+    said = f"{path}: ignored llama.attention.sliding_window: not known\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_float16_cannot_hold_is_not_written(tmp_path):
+    path, tensors = tmp_path / "m.gguf", files.theirs("llama", files.weights("llama"))
+    tensors["token_embd.weight"] *= 1e6
+    files.write(path, "llama", tensors)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that float16 has not"):
+        convert(path, tmp_path / "out", "float16")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
