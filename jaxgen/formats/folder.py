@@ -23,9 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
 from jaxgen.formats import safetensors
 from jaxgen.formats.families import Family
-from jaxgen.formats.layout import Place, check, places_of, shapes_of
+from jaxgen.formats.layout import Place, check, places_of, shapes_of, tied
 from jaxgen.formats.safetensors import Spec, Stored
 from jaxgen.models.decoder import Decoder
 from jaxgen.progress import progress
@@ -51,7 +52,8 @@ def read_weights(
     at most as much as the largest tensor.
 
     Raises:
-        UserError: the files and the model disagree; then nothing has been read.
+        UserError: the files and the model disagree; then nothing has been read, but a table that
+            should be tied.
     """
     check(folder, stored, family, model)
     places = places_of(family, model)
@@ -68,8 +70,32 @@ def read_weights(
                 done += nbytes
                 show(done)
 
+        if (table := tied(family, model)) is not None:
+            _check_same(stored, *table, pool)
         leaves = [_read(place, most // place.nbytes, fill) for place in places]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def _check_same(
+    stored: Mapping[str, Stored], name: str, other: str, pool: concurrent.futures.Executor
+) -> None:
+    """Checks that a tensor equals another, of which it is a copy where it is there."""
+    if name not in stored:
+        return
+    one, two = stored[name], stored[other]
+    size, step = math.prod(one.shape), max(1, _CHUNK_BYTES // two.dtype.itemsize)
+
+    kind = one.dtype if one.dtype == two.dtype else np.dtype(np.float32)
+
+    def same(start: int) -> bool:
+        span = start, min(start + step, size)
+        return np.array_equal(*(x.read(*span).astype(kind, copy=False) for x in (one, two)))
+
+    if one.shape != two.shape or not all(pool.map(same, range(0, size, step))):
+        raise UserError(
+            f"tensor {name} differs from {other}, to which tie_word_embeddings ties it; set that "
+            "to false in config.json, or remove the tensor"
+        )
 
 
 def _read(place: Place, count: int, fill: _Fill) -> jax.Array:

@@ -105,6 +105,12 @@ def shapes_of(places: list[Place]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tied(family: Family, model: Decoder) -> tuple[str, str] | None:
+    """Returns the tensors of the output layer and the embedding, if these are one parameter."""
+    table = {tensor.ours: tensor.theirs for tensor in family.tensors}
+    return (table["head"], table["embedding"]) if model.config.tie_embeddings else None
+
+
 def abstract_decoder(config: DecoderConfig) -> Decoder:
     """Returns the shapes of a model's parameters, on no device."""
     mesh = AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * len(AXES))
@@ -131,9 +137,9 @@ def check(folder: str, stored: Mapping[str, Spec], family: Family, model: Decode
                 f"by its config; correct the one that is wrong"
             )
     # A table that is tied may be there once more, and angles are computed.
-    unused = {tensor.theirs for tensor in family.tensors if tensor.ours == "head"}
+    again = tied(family, model) or ()
     for name in stored:
-        if not (name in shapes or name in unused or name.endswith("rotary_emb.inv_freq")):
+        if not (name in shapes or name in again or name.endswith("rotary_emb.inv_freq")):
             raise UserError(
                 f"tensor {name} {list(stored[name].shape)} in {folder} has no place in a "
                 f"{family.architecture} of its config; correct that, or remove the tensor"

@@ -225,9 +225,16 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
 def test_a_table_may_be_there_twice_where_it_is_tied(tmp_path):
     given = LLAMA | {"tie_word_embeddings": True}
     angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}
-    write_folder(tmp_path, given, llama_tensors() | angles)
+    tensors = llama_tensors(given)
+    table = tensors["model.embed_tokens.weight"]
+    write_folder(tmp_path, given, tensors | angles | {"lm_head.weight": table})
     model = read(tmp_path, config_of(given))
     assert not hasattr(model, "head")
+    for other in (np.ones((272, 31), np.float32), table + (np.arange(272) == 271)[:, None]):
+        write_folder(tmp_path, given, tensors | {"lm_head.weight": other.astype(np.float32)})
+        line = r"lm_head\.weight differs from model\.embed_tokens\.weight, to which tie_word_emb"
+        with pytest.raises(UserError, match=line):
+            read(tmp_path, config_of(given))
     # But it must be there where it is not tied.
     tensors = llama_tensors(given)
     write_folder(tmp_path, LLAMA, tensors)
