@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import sys
 from collections import Counter
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jaxgen.data import sources
 from jaxgen.formats import folder, safetensors
@@ -28,6 +30,8 @@ _SMALL_FILES = (
     "chat_template.json",
     folder.GENERATION,
 )
+# Named templates beside the default one.
+_TEMPLATES = "additional_chat_templates"
 _GENERATION: dict[str, Any] = {
     **dict.fromkeys(("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")),
     "do_sample": False,
@@ -115,14 +119,32 @@ class Published(Pretrained):
 
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the weights; see `Pretrained`."""
+        kind = jax.tree.leaves(abstract_model)[0].dtype.name
+        if kind == self.dtype:
+            self._name_rounded(kind)
         return folder.read_weights(self.location, self.stored, self.family, abstract_model)
+
+    def _name_rounded(self, dtype: str) -> None:
+        """Says on stderr which tensors have more bits than the dtype of most, in which all are."""
+        kind = np.dtype(jax.numpy.dtype(dtype))
+        rounded = [
+            name
+            for name, tensor in self.stored.items()
+            if tensor.dtype != kind and tensor.dtype.itemsize >= kind.itemsize
+        ]
+        if rounded:
+            what = f"{len(rounded)} tensors of other dtypes to {dtype}, such as {rounded[0]}"
+            print(f"{self.location}: rounded {what}", file=sys.stderr)
 
     def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
         """Writes the same tensors, and copies the other files; see `Pretrained`."""
         folder.write_weights(location, self.family, model, dtype or self.stored_dtype)
+        if dtype is None and self.stored_dtype != self.dtype:
+            self._name_rounded(self.stored_dtype)
         if jax.process_index() != 0:
             return
-        for name in _SMALL_FILES:
+        more = sources.names_in(f"{self.location}/{_TEMPLATES}")
+        for name in (*_SMALL_FILES, *(f"{_TEMPLATES}/{name}" for name in more)):
             if sources.exists(f"{self.location}/{name}"):
                 content = sources.read_bytes(f"{self.location}/{name}")
                 sources.write_bytes(f"{location}/{name}", content)

@@ -141,6 +141,16 @@ def exists(url: str) -> bool:
         return fs.isfile(path)
 
 
+def names_in(url: str) -> list[str]:
+    """Returns the names of the files in a folder at any location; none where there is no folder."""
+    with _advice(url):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+        found = fs.find(path, maxdepth=1) if fs.isdir(path) else []
+        return [name.rpartition("/")[2] for name in found]
+
+
 def write_bytes(url: str, content: bytes) -> None:
     """Writes a file at any location, making its folder.
 

@@ -213,6 +213,48 @@ def test_float64_and_mixed_files_are_cast(tmp_path):
     assert open_model(tmp_path).stored_dtype == "float32"
 
 
+@pytest.mark.parametrize(
+    ("most", "norm", "said"),
+    [
+        (
+            "bfloat16",
+            "float32",
+            "rounded 1 tensors of other dtypes to bfloat16, such as model.norm",
+        ),
+        ("float16", "float32", "rounded 1 tensors of other dtypes to float16, such as model.norm"),
+        (
+            "bfloat16",
+            "float16",
+            "rounded 1 tensors of other dtypes to bfloat16, such as model.norm",
+        ),
+        ("float32", "float16", ""),
+        ("bfloat16", "bfloat16", ""),
+    ],
+)
+def test_what_loses_bits_is_named_once(tmp_path, capsys, most, norm, said):
+    tensors = llama_tensors(dtype=most)
+    name = "model.norm.weight"
+    write_folder(tmp_path / "in", tensors=tensors | {name: tensors[name].astype(norm)})
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 1 }}")
+    pretrained = open_model(tmp_path / "in")
+    model = pretrained.read(abstract_model(config_of(), mesh_of(ONE), pretrained.dtype))
+    pretrained.write(str(tmp_path / "out"), model)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rounded" in line]
+    assert lines == [f"{tmp_path / 'in'}: {said}.weight"] * bool(said)
+    # What else the folder holds comes along.
+    kept = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert kept.read_text() == "{{ 1 }}"
+
+
+def test_no_bits_are_said_to_be_lost_where_none_are(tmp_path, capsys):
+    tensors = llama_tensors(dtype="bfloat16")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    write_folder(tmp_path, tensors=tensors)
+    open_model(tmp_path).read(abstract_model(config_of(), mesh_of(ONE), "float32"))
+    assert "rounded" not in capsys.readouterr().err
+
+
 def test_what_float16_cannot_hold_is_refused(tmp_path):
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = 1e5
