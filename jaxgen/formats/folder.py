@@ -88,8 +88,9 @@ def _check_same(
     kind = one.dtype if one.dtype == two.dtype else np.dtype(np.float32)
 
     def same(start: int) -> bool:
-        span = start, min(start + step, size)
-        return np.array_equal(*(x.read(*span).astype(kind, copy=False) for x in (one, two)))
+        stop = min(start + step, size)
+        values, others = (x.read(start, stop).astype(kind, copy=False) for x in (one, two))
+        return np.array_equal(values, others)
 
     if one.shape != two.shape or not all(pool.map(same, range(0, size, step))):
         raise UserError(
