@@ -204,6 +204,8 @@ def _convert_to_hf(args: argparse.Namespace, config: Any) -> None:
     if jax.process_index() == 0:
         check_empty(location)
     if args.adapter:
+        if args.dtype:
+            raise UserError("--adapter is written as it was trained, in float32; leave --dtype out")
         args.model.write_adapter(location)
         return
     model, _ = load_model(args.model, config, fitting_mesh(config))

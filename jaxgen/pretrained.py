@@ -22,7 +22,7 @@ from jaxgen.data import sources
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 from jaxgen.formats import folder
-from jaxgen.formats.families import family_for
+from jaxgen.formats.families import Family, family_for, family_of
 from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.schedule import Pipeline
@@ -78,6 +78,13 @@ class Pretrained(abc.ABC):
     @abc.abstractmethod
     def generation(self) -> GenerationDefaults:
         """How its makers would have it write."""
+
+    @property
+    @abc.abstractmethod
+    def published(self) -> Mapping[str, Any]:
+        """What its makers published beside the weights: "config" for config.json and "generation"
+        for generation_config.json or None. A run that starts from it keeps them; empty for what
+        was trained from nothing."""
 
     @property
     @abc.abstractmethod
@@ -264,13 +271,22 @@ class _Run(Pretrained):
 
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
-        return GenerationDefaults((self.tokenizer().eos_id,))
+        eos_id = self.tokenizer().eos_id
+        if not self.published:
+            return GenerationDefaults((eos_id,))
+        from jaxgen.published import generation_of
+
+        return generation_of(self.published, self.config.vocab_size, eos_id)
+
+    @property
+    def published(self) -> Mapping[str, Any]:
+        return (self.record.metadata.get("init") or {}).get("published") or {}
 
     def read(self, abstract_model: Decoder) -> Decoder:
         return self.checkpoints.restore(abstract_model, self.record.step, only="model").state
 
     def write(self, location: str, model: Decoder, dtype: str | None = None) -> None:
-        family, given = family_for(self.config)
+        family, given = self._family()
         folder.write_folder(
             location,
             family,
@@ -278,7 +294,17 @@ class _Run(Pretrained):
             model,
             dtype=dtype or self.stored_dtype,
             tokenizer=self.tokenizer(),
+            generation=self.published.get("generation"),
         )
+
+    def _family(self) -> tuple[Family, Mapping[str, Any]]:
+        """The family to write it as, and its config.json: that of what it started from, if any."""
+        if not self.published:
+            return family_for(self.config)
+        given = self.published["config"]
+        family = family_of(given)
+        # Fields that weights do not depend on may have changed.
+        return family, given if family.read(given) == self.config else family.write(self.config)
 
 
 def short_hash(content: bytes) -> str:

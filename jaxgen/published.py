@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -93,29 +94,13 @@ class Published(Pretrained):
     @functools.cached_property
     def generation(self) -> GenerationDefaults:
         """What generation_config.json says, and all ends of text that any file names."""
-        values = read_json(f"{self.location}/{folder.GENERATION}") or {}
-        said = Given(values, _GENERATION, folder.GENERATION)
-        ends = [*self._ends(said), *self._ends(Given(self.given, _GENERATION))]
-        stops = tuple(dict.fromkeys([*ends, self.tokenizer().eos_id]))
-        if not values:
-            return GenerationDefaults(stops)
-        temperature, samples = said.get("temperature", float), said.get("do_sample", bool)
-        top_k = said.get("top_k", int | None, least=0)
-        names = ("top_p", "min_p", "repetition_penalty")
-        rest = {name: said.get(name, float | None) for name in names}
-        on = {key for key, x in values.items() if x and not (x == 1 and key in _OFF_AT_ONE)}
-        if ignored := sorted(on - said.keys - _LEFT_TO_OTHERS):
-            name_ignored(folder.GENERATION, ignored)
-        return GenerationDefaults(stops, temperature if samples else 0.0, top_k, **rest)
+        return generation_of(self.published, self.config.vocab_size, self.tokenizer().eos_id)
 
-    def _ends(self, said: Given) -> list[int]:
-        """The end-of-text ids that a config names: none, one or several."""
-        found = said.get("eos_token_id", int | list | None, least=0)
-        ids = found if isinstance(found, list) else [found] * (found is not None)
-        size = self.config.vocab_size
-        if not all(type(token) is int and 0 <= token < size for token in ids):
-            raise said.wrong("eos_token_id", f"token of the model's {size}")
-        return ids
+    @functools.cached_property
+    def published(self) -> Mapping[str, Any]:
+        """Its config.json and its generation_config.json; see `Pretrained`."""
+        said = read_json(f"{self.location}/{folder.GENERATION}")
+        return {"config": self.given, "generation": said}
 
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the weights; see `Pretrained`."""
@@ -154,3 +139,40 @@ class Published(Pretrained):
             return
         content = sources.read_bytes(f"{self.location}/{folder.CONFIG}")
         sources.write_bytes(f"{location}/{folder.CONFIG}", content)
+
+
+def generation_of(published: Mapping[str, Any], vocab_size: int, eos_id: int) -> GenerationDefaults:
+    """Returns what a generation_config.json says, and all ends of text that either config names.
+
+    Args:
+        published: as `Pretrained.published`.
+        vocab_size: of the model.
+        eos_id: of its tokenizer.
+
+    Raises:
+        UserError: a value of another kind, or an end that is no token.
+    """
+    values = published["generation"] or {}
+    said = Given(values, _GENERATION, folder.GENERATION)
+    configs = (said, Given(published["config"], _GENERATION))
+    ends = [token for config in configs for token in _ends(config, vocab_size)]
+    stops = tuple(dict.fromkeys([*ends, eos_id]))
+    if not values:
+        return GenerationDefaults(stops)
+    temperature, samples = said.get("temperature", float), said.get("do_sample", bool)
+    top_k = said.get("top_k", int | None, least=0)
+    names = ("top_p", "min_p", "repetition_penalty")
+    rest = {name: said.get(name, float | None) for name in names}
+    on = {key for key, x in values.items() if x and not (x == 1 and key in _OFF_AT_ONE)}
+    if ignored := sorted(on - said.keys - _LEFT_TO_OTHERS):
+        name_ignored(folder.GENERATION, ignored)
+    return GenerationDefaults(stops, temperature if samples else 0.0, top_k, **rest)
+
+
+def _ends(said: Given, vocab_size: int) -> list[int]:
+    """The end-of-text ids that a config names: none, one or several."""
+    found = said.get("eos_token_id", int | list | None, least=0)
+    ids = found if isinstance(found, list) else [found] * (found is not None)
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise said.wrong("eos_token_id", f"token of the model's {vocab_size}")
+    return ids

@@ -1,6 +1,7 @@
 """The model of a run of adapters: the weights that it started from, with its adapters merged."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxgen.checkpoint.tree import mesh_of
+from jaxgen.errors import UserError
 from jaxgen.formats import peft
-from jaxgen.formats.families import family_for
 from jaxgen.models.config import ComputeConfig
 from jaxgen.models.decoder import Decoder
 from jaxgen.nn.lora import Adapters, merge
 from jaxgen.pretrained import GenerationDefaults, Pretrained, open_noted
+from jaxgen.published import Published
 from jaxgen.sharding import Rules, abstract, make_mesh
 
 
@@ -51,6 +53,11 @@ class Tuned(Pretrained):
         """The base's."""
         return self.base.generation
 
+    @property
+    def published(self) -> Mapping[str, Any]:
+        """The base's."""
+        return self.base.published
+
     def read(self, abstract_model: Decoder) -> Decoder:
         """Returns the merged weights; see `Pretrained`."""
         leaves = jax.tree.leaves(abstract_model)
@@ -72,10 +79,14 @@ class Tuned(Pretrained):
 
     def write_adapter(self, location: str) -> None:
         """Writes the adapters alone; see `Pretrained`."""
-        family = getattr(self.base, "family", None) or family_for(self.config)[0]
+        if not isinstance(self.base, Published):
+            raise UserError(
+                f"{self.location} began from {self.base.location}, which peft cannot load; export "
+                "that with jaxgen convert to-hf, and train adapters for the result"
+            )
         whole = Rules(**dict.fromkeys(name for name, _ in Rules().items()))
         adapters = self._adapters(make_mesh(), whole)
-        peft.write_adapter(location, family, self.lora, adapters, self.base.location)
+        peft.write_adapter(location, self.base.family, self.lora, adapters, self.base.location)
 
     def _adapters(self, mesh: Mesh, rules: Rules) -> Adapters:
         def make() -> Adapters:

@@ -65,7 +65,11 @@ def open_origin(config: "TrainConfig") -> "Pretrained | None":
 
 def note_of(origin: "Pretrained") -> dict[str, Any]:
     """Returns what a checkpoint says of the weights that its run started from."""
-    return {"location": origin.exact_location, "fingerprint": origin.fingerprint}
+    return {
+        "location": origin.exact_location,
+        "fingerprint": origin.fingerprint,
+        "published": origin.published,
+    }
 
 
 def check_same_origin(config: "TrainConfig", about: dict[str, Any], directory: Any) -> None:
