@@ -47,7 +47,7 @@ ALLOWED = {
     "plan": BASE | {"compiler", "config", "fields", "nn", "models", "train"},
     "serve": BASE
     | {"fields", "peaks", "progress", "tables", "nn", "models", "data", "config"}
-    | {"pretrained"},
+    | {"checkpoint", "pretrained"},
     "eval": BASE
     | {"compiler", "fields", "fit", "progress", "tables", "nn", "models", "data", "config"}
     | {"pretrained", "serve"},

@@ -4,6 +4,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +21,9 @@ from jaxgen.serve.request import (
     FinishReason,
     Request,
     SamplingConfig,
+    check_bias,
     check_prompt,
-    check_tokens,
+    integers,
 )
 from jaxgen.serve.roofline import DecodeMeter, StepCost
 from jaxgen.serve.runner import Runner
@@ -77,18 +79,17 @@ class EngineCore:
         """Those whose end whoever waits for them has to be told of."""
         self._flying: deque[list[Delivery]] = deque()
 
-    def check(self, name: str, prompt: Sequence[int], sampling: SamplingConfig) -> None:
-        """Checks that the model can go on from a prompt.
+    def check(self, name: str, prompt: Any, sampling: SamplingConfig) -> tuple[int, ...]:
+        """Returns the tokens of a prompt that the model can go on from.
 
         Raises:
             UserError: it cannot, and why, with `name` for the prompt.
         """
-        config = self.runner.model.config
+        prompt, config = integers(name, prompt), self.runner.model.config
         sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
         check_prompt(name, prompt, sampling.max_tokens, **sizes)
-        if sampling.logit_bias:
-            biased = [token for token, _ in sampling.logit_bias]
-            check_tokens("logit_bias", biased, config.vocab_size)
+        check_bias(sampling, config.vocab_size)
+        return prompt
 
     def submit(self, request: Request, *, bounded: bool = True) -> None:
         """Takes a request, checked before, into the queue.

@@ -5,9 +5,11 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 
+from jaxgen.checkpoint.tree import mesh_of
 from jaxgen.data.text_stream import TextStream
 from jaxgen.data.tokenizer import Tokenizer, check_vocab
 from jaxgen.errors import UserError
@@ -18,7 +20,7 @@ from jaxgen.serve.answer import Answer, Deliver, Piece
 from jaxgen.serve.config import EngineConfig
 from jaxgen.serve.core import EngineCore
 from jaxgen.serve.reload import Reloaded, ReloadRunning, Source, check_tokenizer
-from jaxgen.serve.request import Constraint, Request, SamplingConfig
+from jaxgen.serve.request import Constraint, Request, SamplingConfig, integers
 from jaxgen.serve.stats import EngineStats
 from jaxgen.serve.weights import Dtype
 
@@ -29,9 +31,7 @@ _NEEDS_TOKENIZER = "texts need a tokenizer; give the engine one, or give it toke
 class Engine:
     """Serves one model: `submit` from any thread, or `generate` for many prompts at once.
 
-        with jax.set_mesh(mesh):
-            engine = Engine(model, tokenizer)
-        with engine:
+        with Engine(model, tokenizer) as engine:
             sampling = SamplingConfig(max_tokens=64, temperature=0.7)
             for piece in engine.generate(["def f", "def g"], sampling):
                 print(piece.text)
@@ -39,8 +39,8 @@ class Engine:
     All programs are compiled before it is made; then nothing is. Use it as a context manager, or
     close it.
 
-    Make it inside the `jax.set_mesh(mesh)` of the model; rows are spread over `data`, `fsdp` and
-    `expert`, kv heads over `tensor`, the tokens of each row over `context`.
+    It runs on the mesh of the model: rows are spread over `data`, `fsdp` and `expert`, kv heads
+    over `tensor`, the tokens of each row over `context`.
     """
 
     def __init__(
@@ -67,19 +67,23 @@ class Engine:
             donate: whether the models are of no use any more: they are freed as they are copied.
 
         Raises:
-            UserError: the mesh cannot serve, or is one of several processes; the draft model does
-                not suit the model.
+            UserError: the mesh cannot serve, or is one of several processes, or there is none; the
+                draft model does not suit the model.
         """
         if jax.process_count() > 1:
             raise UserError(
                 f"an engine serves from one process and there are {jax.process_count()}, which "
                 "would each see other requests first; use jaxgen.Generator, alike in all of them"
             )
-        self._core = EngineCore(model, config or EngineConfig(), dtype, draft, donate=donate)
+        mesh = mesh_of(jax.tree.leaves(model)[0])
+        if mesh is None:
+            raise UserError("the model is on no mesh; make it inside jax.set_mesh(mesh)")
         self._tokenizer = tokenizer
         if tokenizer is not None:
-            check_vocab(tokenizer, self._core.runner.model.config.vocab_size)
-        self._core.runner.compile_all()
+            check_vocab(tokenizer, model.config.vocab_size)
+        with jax.set_mesh(mesh):
+            self._core = EngineCore(model, config or EngineConfig(), dtype, draft, donate=donate)
+            self._core.runner.compile_all()
         self._begin(weight_version)
 
     def _begin(self, weight_version: str) -> None:
@@ -106,7 +110,7 @@ class Engine:
         sampling: SamplingConfig | None = None,
         *,
         stop_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         priority: int = 0,
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
@@ -120,7 +124,7 @@ class Engine:
             prompt: text, or token ids.
             sampling: how tokens are chosen.
             stop_ids: tokens that end the answer, besides the tokenizer's end of text.
-            stop: texts that end the answer, of which they are no part.
+            stop: a text, or texts, that end the answer and are no part of it.
             priority: lower numbers go first.
             ignore_eos: whether the tokenizer's end of text does not end the answer.
             constraint: what the answer may be; this request alone may use it.
@@ -133,17 +137,22 @@ class Engine:
             QueueFull: too many wait already.
             UserError: the model cannot answer this, or the engine is closed.
         """
-        core, stops, stream = self._core, set(stop_ids), None
-        tokens, sampling = self._encode(prompt), sampling or SamplingConfig()
-        core.check("the prompt", tokens, sampling)
+        core, stream, sampling = self._core, None, sampling or SamplingConfig()
+        ids = core.check("the prompt", self._encode(prompt), sampling)
+        stops, (priority,) = set(integers("stop_ids", stop_ids)), integers("priority", [priority])
+        # Not of the vocabulary: a model's own config may name some that it has not.
+        if wrong := [token for token in stops if not 0 <= token < 2**31]:
+            raise UserError(f"stop_ids has {wrong[0]}; give ids of tokens")
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) for text in stop):
+            raise UserError(f"stop={stop}; give a text, or a list of texts")
         if self._tokenizer is not None:
             stops |= set() if ignore_eos else {self._tokenizer.eos_id}
             stream = TextStream(self._tokenizer, shown)
         elif stop:
             raise UserError(_NEEDS_TOKENIZER)
-        ids = tuple(map(int, tokens))
         request = Request(ids, sampling, frozenset(stops), priority, constraint)
-        answer = Answer(core, request, stream, list(stop), deliver)
+        answer = Answer(core, request, stream, stop, deliver)
         with core.changed:
             self._check_open()
             if core.scheduler.idle:
@@ -154,28 +163,28 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         stop_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[Piece]:
         """Answers all prompts and returns when the last is done; any number may be given.
 
         Args:
-            prompts: texts, or token ids.
+            prompts: texts, or token ids; one text is a list of one.
             sampling: for all prompts, or one for each.
             stop_ids: tokens that end an answer, besides the tokenizer's end of text.
-            stop: texts that end an answer, of which they are no part.
+            stop: a text, or texts, that end an answer and are no part of it.
 
         Raises:
             UserError: the model cannot answer one of them.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         if sampling is None or isinstance(sampling, SamplingConfig):
             sampling = [sampling or SamplingConfig()] * len(prompts)
-        tokens, answers = list(map(self._encode, prompts)), []
-        for i, (prompt, each) in enumerate(zip(tokens, sampling, strict=True)):
-            self._core.check(f"prompt {i}", prompt, each)
+        answers, pairs = [], zip(map(self._encode, prompts), sampling, strict=True)
+        tokens = [self._core.check(f"prompt {i}", *pair) for i, pair in enumerate(pairs)]
         try:
             for prompt, each in zip(tokens, sampling, strict=True):
                 answer = self.submit(prompt, each, stop_ids=stop_ids, stop=stop, bounded=False)
@@ -236,28 +245,7 @@ class Engine:
         """Returns what the engine does now and has done."""
         core = self._core
         with core.changed:
-            scheduler = core.scheduler
-            return EngineStats(
-                queued=scheduler.num_waiting,
-                running=len(scheduler.rows),
-                blocks_used=sum(pool.used for pool in core.pools),
-                blocks=sum(pool.num_blocks - 1 for pool in core.pools),
-                block_size=core.pools[0].block_size,
-                prompt_tokens=scheduler.prompt_tokens,
-                prompt_tokens_found=scheduler.prompt_tokens_found,
-                tokens_generated=core.tokens_generated,
-                tokens_drafted=core.tokens_drafted,
-                tokens_accepted=core.tokens_accepted,
-                weight_version=self.weight_version,
-                reloads=core.reloads,
-                preemptions=scheduler.preemptions,
-                compilations=self._compiled,
-                recompiles=core.runner.lattice.compilations - self._compiled,
-                decode_bytes=core.meter.bytes,
-                decode_s=core.meter.seconds,
-                decode_roofline_s=core.meter.roofline_s,
-                roofline_fraction=core.meter.fraction,
-            )
+            return EngineStats.of(core, self.weight_version, self._compiled)
 
     @property
     def config(self) -> EngineConfig:
@@ -287,7 +275,7 @@ class Engine:
             self._core.changed.notify_all()
         self._thread.join()
 
-    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+    def _encode(self, prompt: Any) -> Any:
         if not isinstance(prompt, str):
             return prompt
         if self._tokenizer is None:

@@ -72,9 +72,8 @@ class Generator:
         requests = []
         all = zip(prompts, samplings, constraints, strict=True)
         for i, (prompt, each, constraint) in enumerate(all):
-            self.core.check(f"prompt {i}", prompt, each)
-            prompt, stops = tuple(map(int, prompt)), frozenset(stop_ids)
-            requests.append(Request(prompt, each, stops, constraint=constraint))
+            ids = self.core.check(f"prompt {i}", prompt, each)
+            requests.append(Request(ids, each, frozenset(stop_ids), constraint=constraint))
         if requests:
             self.core.runner.compile_for(len(requests))
             with progress("generating", len(requests), in_bytes=False) as show:

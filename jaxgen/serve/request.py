@@ -1,8 +1,9 @@
 """What is asked of the engine, and what has come of it so far."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +17,20 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 class QueueFull(UserError):
     """More was asked for than may wait; the same request may be taken a little later."""
+
+
+def integers(name: str, values: Any) -> tuple[int, ...]:
+    """Returns values as Python's own integers, whatever kind of integers they are.
+
+    Raises:
+        UserError: one of them, or what is called `name` itself, is of another kind.
+    """
+    value = values
+    try:
+        return tuple([operator.index(value := each) for each in values])
+    except TypeError:
+        said = "an integer" if value is not values else "a list of integers"
+        raise UserError(f"{name}: {repr(value)[:40]} is not {said}; give {said}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,10 @@ class SamplingConfig:
     """Decides the draws, together with each token's position and nothing else."""
 
     def __post_init__(self):
+        for name in ("max_tokens", "top_k", "min_tokens", "seed"):
+            integers(name, [getattr(self, name)])
+        integers("logprobs", [] if self.logprobs is None else [self.logprobs])
+        integers("logit_bias", [token for token, _ in self.logit_bias])
         if self.max_tokens < 1:
             raise UserError(f"max_tokens={self.max_tokens}; use at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -219,6 +238,16 @@ def check_prompt(
             f"{name} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than "
             f"model.max_seq_len={max_seq_len}; {way}"
         )
+
+
+def check_bias(sampling: SamplingConfig, vocab_size: int) -> None:
+    """Checks that a model has the tokens whose logits are to change.
+
+    Raises:
+        UserError: one is not of the vocabulary.
+    """
+    if sampling.logit_bias:
+        check_tokens("logit_bias", [token for token, _ in sampling.logit_bias], vocab_size)
 
 
 def check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:

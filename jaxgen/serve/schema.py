@@ -143,7 +143,7 @@ def _sampling(served: Served) -> dict[str, Schema]:
                 "pattern": "^(0|[1-9][0-9]{0,8})$",
                 "description": f"a token id from 0 to {served.vocab_size - 1}",
             },
-            "additionalProperties": _number("number", minimum=-100, maximum=100),
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": MAX_BIASES,
         },
         "response_format": _response_format(),

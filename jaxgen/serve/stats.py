@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxgen.serve.core import EngineCore
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -45,3 +47,29 @@ class EngineStats:
     """What it would have taken at the device's peak; None where that is unknown."""
     roofline_fraction: float | None
     """The latter over the former, of recent decoding; see `roofline`."""
+
+    @classmethod
+    def of(cls, core: EngineCore, weight_version: str, compilations: int) -> "EngineStats":
+        """Returns the numbers of an engine, of which so many programs were compiled at first."""
+        scheduler = core.scheduler
+        return cls(
+            queued=scheduler.num_waiting,
+            running=len(scheduler.rows),
+            blocks_used=sum(pool.used for pool in core.pools),
+            blocks=sum(pool.num_blocks - 1 for pool in core.pools),
+            block_size=core.pools[0].block_size,
+            prompt_tokens=scheduler.prompt_tokens,
+            prompt_tokens_found=scheduler.prompt_tokens_found,
+            tokens_generated=core.tokens_generated,
+            tokens_drafted=core.tokens_drafted,
+            tokens_accepted=core.tokens_accepted,
+            weight_version=weight_version,
+            reloads=core.reloads,
+            preemptions=scheduler.preemptions,
+            compilations=compilations,
+            recompiles=core.runner.lattice.compilations - compilations,
+            decode_bytes=core.meter.bytes,
+            decode_s=core.meter.seconds,
+            decode_roofline_s=core.meter.roofline_s,
+            roofline_fraction=core.meter.fraction,
+        )

@@ -55,7 +55,10 @@ def alone():
 
 @pytest.fixture(scope="module")
 def engine():
-    with jax.set_mesh(mesh_of(ONE)), Engine(make(MODEL), config=BASE) as engine:
+    with jax.set_mesh(mesh_of(ONE)):
+        model = make(MODEL)
+    # It finds the mesh of the model by itself.
+    with Engine(model, config=BASE) as engine:
         yield engine
 
 
@@ -163,6 +166,11 @@ def test_a_prompt_read_before_is_found(engine):
     assert first == second
     assert after.prompt_tokens - before.prompt_tokens == 300
     assert after.prompt_tokens_found - before.prompt_tokens_found == 144
+
+
+def test_a_model_needs_a_mesh(engine):
+    with pytest.raises(UserError, match="the model is on no mesh; make it inside jax"):
+        Engine(jax.device_put(engine._core.runner.model, jax.devices()[0]))
 
 
 def test_what_cannot_be_served_is_refused_by_name(engine):

@@ -257,6 +257,7 @@ def test_a_thousand_malformed_bodies_are_refused_by_name(server):
         ({"prompt": "x", "logit_bias": {"x": 1}}, 400, 'logit_bias has an entry "x": expected a'),
         ({"prompt": "x", "logit_bias": {"258": 1}}, 400, "logit_bias has token 258: expected 0"),
         ({"prompt": "x", "logit_bias": {"2": 101}}, 400, "a number from -100 to 100"),
+        ({"prompt": "x", "logit_bias": {"2": None}}, 400, 'logit_bias."2"=null: expected a num'),
         ({"prompt": "x", "suffix": "y"}, 400, 'suffix="y" is not supported; leave it out'),
         ({"prompt": "x", "guided_regex": "y"}, 400, "guided_regex is not known here"),
         ({"prompt": "x", "structured_outputs": {}}, 400, "structured_outputs is empty; send json"),
