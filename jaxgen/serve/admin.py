@@ -38,6 +38,7 @@ def describe(name: str, source: Pretrained, engine: Engine) -> Served:
         stop_ids=said.stop_ids,
         defaults=defaults,
         max_requests=engine.config.max_queued_requests,
+        max_prompt_tokens=engine.config.max_queued_tokens,
     )
 
 

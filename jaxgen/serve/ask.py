@@ -38,6 +38,8 @@ class Ask:
     stop_ids: list[int]
     ignore_eos: bool
     """Whether to go on after the tokenizer's end of text."""
+    priority: int
+    """Lower goes first."""
     constraints: list[Constraint | None]
     """What holds each answer to a grammar."""
     tools: Sequence[Mapping[str, Any]]
@@ -165,11 +167,19 @@ def _ask(
     stream, count = given.get("stream", False), given.get("n", 1)
     if "stream_options" in given and not stream:
         raise Refused("stream_options is for stream=true; leave it out", "stream_options")
+    blame = "n" if count > 1 else names[0].partition("[")[0]
     if len(prompts) * count > served.max_requests:
         raise Refused(
             f"{len(prompts)} prompts with n={count} are more than the {served.max_requests} "
             "answers that may wait here; send fewer at once",
-            "n" if count > 1 else "prompt",
+            blame,
+        )
+    size = sum(map(len, prompts)) * count
+    if size > served.max_prompt_tokens:
+        raise Refused(
+            f"prompts of {size} tokens, with n={count}, are more than the "
+            f"{served.max_prompt_tokens} that may wait here; send fewer at once",
+            blame,
         )
     for name, prompt in zip(names, prompts, strict=True):
         try:
@@ -196,6 +206,7 @@ def _ask(
         stop=[stop] if isinstance(stop, str) else stop,
         stop_ids=[*given.get("stop_token_ids", ()), *(() if ignore_eos else served.stop_ids)],
         ignore_eos=ignore_eos,
+        priority=given.get("priority", 0),
         constraints=[constraint and constraint.fresh() for _ in range(len(prompts) * count)],
         tools=tools,
         spelling=_spelling(served, given),

@@ -82,6 +82,7 @@ class Job:
                     stop=ask.stop,
                     stop_ids=ask.stop_ids,
                     ignore_eos=ask.ignore_eos,
+                    priority=ask.priority,
                     deliver=functools.partial(self._deliver, at),
                 )
                 self._answers.append(answer)

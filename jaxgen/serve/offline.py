@@ -14,11 +14,27 @@ from jaxgen.errors import UserError
 from jaxgen.progress import progress
 from jaxgen.serve.answer import Answer
 from jaxgen.serve.engine import Engine
-from jaxgen.serve.request import QueueFull, SamplingConfig, check_prompt
+from jaxgen.serve.request import QueueFull, SamplingConfig, check_bias, check_prompt
 
 # Lines under way for each that the engine serves at once: answers are written in the lines' order,
 # and while a long one is waited for the others go on.
 LINES_AHEAD = 4
+
+
+class LineRefused(UserError):
+    """A line of a file cannot be answered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a line may have besides a prompt and fields of `SamplingConfig`."""
+
+    id: str | int | None = None
+    """Copied to its answer."""
+    stop: str | tuple[str, ...] = ()
+    """A text, or texts, that end the answer and are no part of it."""
+    priority: int = 0
+    """Of the lines under way, lower numbers go first."""
 
 
 class Line(NamedTuple):
@@ -28,14 +44,16 @@ class Line(NamedTuple):
     """The file and the line's number, for errors."""
     prompt: Sequence[int]
     sampling: SamplingConfig
+    extras: Extras
 
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
     """The lines of a JSONL file at any location, read anew each time they are iterated over.
 
-    A line is an object with a `prompt`, a text or token ids, or the `messages` of a chat, and any
-    of the fields of `SamplingConfig`.
+    A line is an object with a `prompt`, a text or token ids, or the `messages` of a chat, whose
+    contents are texts, and any fields of `SamplingConfig` and of `Extras`. Its `logit_bias` may be
+    an object too, as OpenAI's is.
     """
 
     url: str
@@ -68,20 +86,26 @@ class Lines:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}); correct or remove it") from None
+            raise LineRefused(f"{where} is not JSON ({error}); correct or remove it") from None
         if not isinstance(record, dict) or len(record.keys() & {"prompt", "messages"}) != 1:
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{where} has {keys or 'nothing'}; give it either prompt or messages")
+            raise LineRefused(f"{where} has {keys or 'nothing'}; give it either prompt or messages")
         try:
             prompt = self._prompt(record, where)
             rest = {k: v for k, v in record.items() if k not in ("prompt", "messages")}
+            names = rest.keys() & {field.name for field in dataclasses.fields(Extras)}
+            extras = fields.from_json(Extras, {name: rest.pop(name) for name in names})
+            if isinstance(bias := rest.get("logit_bias"), dict):
+                ids = [int(token) if token.isdecimal() else token for token in bias]
+                rest["logit_bias"] = list(zip(ids, bias.values(), strict=True))
             given = fields.to_json(self.sampling) | {"seed": (self.sampling.seed + at) % 2**32}
             sampling = fields.from_json(SamplingConfig, given | rest)
             sizes = {"vocab_size": self.vocab_size, "max_seq_len": self.max_seq_len}
             check_prompt("the prompt", prompt, sampling.max_tokens, **sizes)
+            check_bias(sampling, self.vocab_size)
         except UserError as error:
             _refuse(where, error)
-        return Line(where, prompt, sampling)
+        return Line(where, prompt, sampling, extras)
 
     def _prompt(self, record: dict[str, Any], where: str) -> Sequence[int]:
         if "messages" in record:
@@ -115,8 +139,8 @@ def answer_lines(
 ) -> None:
     """Answers lines into a JSONL file, each as soon as it and those before it are done.
 
-    An answer is an object with `text`, `finish_reason`, `prompt_tokens` and `completion_tokens`,
-    and with `logprobs` if its line asks for them.
+    An answer is an object with the line's `id`, if it has one, `text`, `finish_reason`,
+    `prompt_tokens` and `completion_tokens`, and with `logprobs` if the line asks for them.
 
     Args:
         engine: with a tokenizer.
@@ -126,11 +150,12 @@ def answer_lines(
         stop_ids: tokens that end an answer, besides the tokenizer's end of text.
 
     Raises:
-        UserError: a line cannot be answered, or the file not written. What is done stays there.
+        UserError: a line cannot be answered, once those before it are; or the file not written.
+            What is done stays there.
     """
     ahead = LINES_AHEAD * engine.config.max_num_seqs
     flying: deque[tuple[Line, Answer]] = deque()
-    done = 0
+    done, refused = 0, None
     with sources.writing(output) as file, progress("answering", total, in_bytes=False) as show:
 
         def finish() -> None:
@@ -140,24 +165,30 @@ def answer_lines(
             show(done := done + 1)
 
         try:
-            for line in lines:
-                while (answer := _submit(engine, line, stop_ids, wait=bool(flying))) is None:
-                    finish()
-                flying.append((line, answer))
-                if len(flying) == ahead:
-                    finish()
+            try:
+                for line in lines:
+                    while (answer := _submit(engine, line, stop_ids, wait=bool(flying))) is None:
+                        finish()
+                    flying.append((line, answer))
+                    if len(flying) == ahead:
+                        finish()
+            except LineRefused as error:
+                refused = error
             while flying:
                 finish()
         except BaseException:
             for _, answer in flying:
                 answer.cancel()
             raise
+    if refused is not None:
+        raise refused
 
 
 def _submit(engine: Engine, line: Line, stop_ids: Sequence[int], *, wait: bool) -> Answer | None:
     """Returns a line's answer to come, or None if it has to `wait` for others."""
     try:
-        return engine.submit(line.prompt, line.sampling, stop_ids=stop_ids)
+        more = {"stop": line.extras.stop, "priority": line.extras.priority}
+        return engine.submit(line.prompt, line.sampling, stop_ids=stop_ids, **more)
     except QueueFull as error:
         if not wait:
             _refuse(line.where, error)
@@ -169,6 +200,7 @@ def _submit(engine: Engine, line: Line, stop_ids: Sequence[int], *, wait: bool) 
 def _write(file: Any, line: Line, answer: Answer) -> None:
     piece = answer.result()
     record: dict[str, Any] = {
+        **({} if line.extras.id is None else {"id": line.extras.id}),
         "text": piece.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": len(line.prompt),
@@ -186,4 +218,4 @@ def _write(file: Any, line: Line, answer: Answer) -> None:
 
 def _refuse(where: str, error: UserError) -> NoReturn:
     said = str(error)
-    raise UserError(said if said.startswith(where) else f"{where}: {said}") from None
+    raise LineRefused(said if said.startswith(where) else f"{where}: {said}") from None

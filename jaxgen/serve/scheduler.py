@@ -81,7 +81,7 @@ class Scheduler:
 
         Raises:
             QueueFull: too many wait already, and the request is `bounded` by that.
-            UserError: it would not fit into the cache even alone.
+            UserError: it would not fit into the cache or the queue even alone.
         """
         pool = self.pools[0]
         if pool.needed(request.limit) > pool.num_blocks - 1:
@@ -90,6 +90,11 @@ class Scheduler:
                 f"the prompt has {len(request.prompt)} tokens, which with max_tokens="
                 f"{request.sampling.max_tokens} is more than the {room} tokens of the cache; "
                 "shorten it, or give the cache more blocks with kv_blocks"
+            )
+        if bounded and len(request.prompt) > self.max_queued_tokens:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, and max_queued_tokens="
+                f"{self.max_queued_tokens} may wait; shorten it, or let more wait"
             )
         if bounded and len(self._waiting) >= self.max_queued_requests:
             raise QueueFull(

@@ -39,6 +39,8 @@ class Served:
     """What a request that says nothing gets, but for `max_tokens` and `seed`."""
     max_requests: int
     """Answers that one body may ask for: as many as may wait at once."""
+    max_prompt_tokens: int
+    """Tokens of their prompts: likewise."""
 
     def prepare(self) -> None:
         """Makes what the first request for it would wait for: a second, for 128k tokens."""
@@ -148,6 +150,12 @@ def _sampling(served: Served) -> dict[str, Schema]:
         },
         "response_format": _response_format(),
         "structured_outputs": _structured_outputs(),
+        "priority": _number(
+            "integer",
+            "Lower goes first, and makes room for others last. Default: 0.",
+            minimum=-(2**31),
+            maximum=2**31 - 1,
+        ),
         "ignore_eos": {**_FLAG, "description": "Whether to go on after the model's own end."},
         "user": _LABEL,
         "metadata": optional({"type": "object", "additionalProperties": TEXT, "maxProperties": 16}),

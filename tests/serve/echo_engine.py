@@ -127,5 +127,6 @@ def served(**changes):
         "stop_ids": (EOS,),
         "defaults": SamplingConfig(temperature=1.0),
         "max_requests": 32,
+        "max_prompt_tokens": 16 * MAX_SEQ_LEN,
     }
     return Served(**(values | changes))

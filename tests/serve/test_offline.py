@@ -132,7 +132,28 @@ def test_what_fails_leaves_what_is_done_and_cancels_the_rest(tmp_path):
         with pytest.raises(UserError, match=r"in\.jsonl:3: the prompt has 900 tokens, which with"):
             answer_lines(engine, lines, str(output), total=4)
         wait_for(lambda: engine.idle)
-    assert [each["text"] for each in read(output)] in ([], ["ab"], ["ab", "cd"])
+    assert [each["text"] for each in read(output)] == ["ab", "cd"]
+
+
+def test_a_line_may_say_more_than_how_tokens_are_drawn(tmp_path):
+    output, prompt = str(tmp_path / "out.jsonl"), "one two three"
+    records = [
+        {"prompt": prompt, "id": "a", "stop": "two", "priority": 2},
+        {"prompt": prompt, "id": 7, "stop": ["three", "tw"]},
+        {"prompt": prompt, "logit_bias": {"5": 1, "6": -2.5}},
+    ]
+    lines = lines_of(write(tmp_path / "in.jsonl", records))
+    assert lines.count() == 3
+    assert [*lines][2].sampling.logit_bias == ((5, 1.0), (6, -2.5))
+    with EchoEngine(WORDS) as engine:
+        submit, asked = engine.submit, []
+        engine.submit = lambda *a, **more: asked.append(more["priority"]) or submit(*a, **more)
+        answer_lines(engine, lines, output, total=3)
+    assert asked == [2, 0, 0]
+    got = read(output)
+    assert [each["text"] for each in got] == ["one ", "one ", prompt]
+    assert [each.get("id") for each in got] == ["a", 7, None]
+    assert "id" not in got[2]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +168,14 @@ def test_what_fails_leaves_what_is_done_and_cancels_the_rest(tmp_path):
         ({"prompt": "x", "top_k": "3"}, "in.jsonl:2: top_k='3': expected INT"),
         ({"prompt": "x", "temperature": -1}, "in.jsonl:2: temperature=-1.0; use 0 for greedy"),
         ({"prompt": "x", "max_tokens": 9999}, "in.jsonl:2: the prompt has 1 tokens, which with"),
+        (
+            {"prompt": "x", "logit_bias": [[258, 1]]},
+            "in.jsonl:2: logit_bias has token 258 and model",
+        ),
+        ({"prompt": "x", "logit_bias": {"-1": 1}}, "in.jsonl:2: logit_bias.0.0='-1': expected INT"),
+        ({"prompt": "x", "stop": [5]}, "in.jsonl:2: stop.0=5: expected STR"),
+        ({"prompt": "x", "priority": 0.5}, "in.jsonl:2: priority=0.5: expected INT"),
+        ({"prompt": "x", "id": []}, "in.jsonl:2: id=[]: expected STR|INT|none"),
         ({"prompt": ["x"]}, """in.jsonl:2: prompt is "['x']"; give a text or token ids"""),
         ({"prompt": None}, "in.jsonl:2: prompt is 'None'; give a text or token ids"),
         ({"prompt": [999]}, "in.jsonl:2: the prompt has token 999 and model.vocab_size=258"),

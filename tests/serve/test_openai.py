@@ -131,19 +131,23 @@ def test_a_seed_decides_the_draws(client):
 def test_what_the_model_says_of_itself_holds_where_a_request_says_nothing():
     model = served(defaults=SamplingConfig(temperature=0.0, top_k=5))
     with running(model=model) as server:
-        seen = []
+        seen, ranks = [], []
         submit = server.engine.submit
 
-        def watched(prompt, sampling, **more):
+        def watched(prompt, sampling, *, priority, **more):
             seen.append(sampling)
-            return submit(prompt, sampling, **more)
+            ranks.append(priority)
+            return submit(prompt, sampling, priority=priority, **more)
 
         server.engine.submit = watched
         asked = {"prompt": "ab", "seed": 7}
         server.post("/v1/completions", asked)
         server.post("/v1/completions", asked | {"top_k": -1, "top_p": 0.5, "temperature": 2})
+        server.post("/v1/completions", asked | {"priority": -3})
+        server.post("/v1/chat/completions", CHAT | {"priority": 3})
     assert seen[0] == SamplingConfig(max_tokens=16, temperature=0.0, top_k=5, seed=7)
     assert (seen[1].top_k, seen[1].top_p, seen[1].temperature) == (0, 0.5, 2)
+    assert ranks == [0, 0, -3, 3]
 
 
 def test_models_and_tokens(client, server):
@@ -178,6 +182,7 @@ FINE = {
     "top_p": [0.5],
     "top_k": [-1],
     "seed": [-1],
+    "priority": [-1],
     "stop": ["x", []],
     "stop_token_ids": [[]],
     "metadata": [{}],
@@ -263,6 +268,7 @@ def test_a_thousand_malformed_bodies_are_refused_by_name(server):
         ({"prompt": "x", "structured_outputs": {}}, 400, "structured_outputs is empty; send json"),
         ({"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of=1 is less than n"),
         ({"prompt": ["x"] * 11, "n": 3}, 400, "more than the 32 answers that may wait"),
+        ({"prompt": "x" * 4000, "n": 17}, 400, "prompts of 68000 tokens, with n=17, are more than"),
         ({"prompt": "x", "stream_options": {}}, 400, "stream_options is for stream=true"),
         ({}, 400, "prompt is missing"),
     ],
@@ -316,6 +322,11 @@ def in_json(schema):
         ({"tools": [TOOL], "response_format": IN_JSON}, "tools", "cannot both be had"),
         ({"response_format": IN_JSON, "ignore_eos": True}, "ignore_eos", "leave one out"),
         ({"response_format": IN_JSON, "min_tokens": 1}, "min_tokens", "leave one out"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 4000}], "n": 17},
+            "n",
+            "the 65536 that may",
+        ),
         ({"tools": [TOOL, TOOL]}, "tools", "second one named 'look'"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search": expected "function"'),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, None, "letters, digits"),

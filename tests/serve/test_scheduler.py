@@ -92,6 +92,12 @@ def test_more_than_may_wait_is_refused_and_more_than_fits_for_good():
         scheduler.submit(Request((1,) * 80, SamplingConfig(max_tokens=1)))
     with pytest.raises(QueueFull, match="160 tokens of prompts wait already, and with the 80"):
         scheduler.submit(Request((1,) * 80, SamplingConfig(max_tokens=1)))
+    scheduler = Traffic(0, **SETTINGS["roomy"]).scheduler
+    scheduler.max_queued_tokens = 79
+    with pytest.raises(UserError, match="80 tokens, and max_queued_tokens=79 may wait") as error:
+        scheduler.submit(Request((1,) * 80, SamplingConfig(max_tokens=1)))
+    # Which later would be no other.
+    assert not isinstance(error.value, QueueFull)
 
 
 def test_a_burst_is_short_while_prompts_are_read():

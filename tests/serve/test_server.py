@@ -276,6 +276,7 @@ def test_texts_are_the_engines_own():
             stop_ids=(5,),
             defaults=SamplingConfig(),
             max_requests=100,
+            max_prompt_tokens=10_000,
         )
         prompts = [f"prompt {i} " * (i % 4 + 1) for i in range(12)]
         for temperature in (0.0, 0.9):
