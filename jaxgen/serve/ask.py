@@ -14,7 +14,7 @@ from jaxgen.serve.grammar import Constraint
 from jaxgen.serve.messages import plain
 from jaxgen.serve.request import SamplingConfig, check_prompt
 from jaxgen.serve.schema import Served
-from jaxgen.serve.structure import constraint_of, offered
+from jaxgen.serve.structure import check_offer, constraint_of, offered
 
 # OpenAI's, of /v1/completions.
 DEFAULT_MAX_TOKENS = 16
@@ -69,6 +69,8 @@ def read(served: Served, path: str, body: bytes) -> dict[str, Any]:
             raise NoSuchModel(
                 f"no such model; model={served.name!r} is the one that is served", "model"
             )
+        if path == "/tokenize" and {"prompt", "messages"} <= given.keys():
+            raise Refused("prompt and messages cannot both be had; leave one out", "messages")
     check(given, schema.BODIES[path](served))
     return {name: value for name, value in given.items() if value is not None}
 
@@ -120,17 +122,17 @@ def encode_messages(served: Served, given: Mapping[str, Any]) -> list[int]:
     Raises:
         Refused: the model has no chat template, or the template refuses the conversation.
     """
-    said, told = plain(given["messages"]), None
-    if given.get("tools") or any("tool_calls" in m or m["role"] == "tool" for m in said):
-        try:
-            choice = given.get("tool_choice", "auto")
-            said, told = served.tool_format.prompt(said, given.get("tools", ()), choice)
-        except UserError as error:
-            raise Refused(str(error), "tools" if given.get("tools") else "messages") from None
+    check_offer(given)
+    said, told, blame = plain(given["messages"]), None, "messages"
+    tools = given.get("tools", ())
     try:
+        if tools or any("tool_calls" in m or m["role"] == "tool" for m in said):
+            blame = "tools" if tools else "messages"
+            form, blame = served.tool_format, "messages"
+            said, told = form.prompt(said, tools, given.get("tool_choice", "auto"))
         return chat.encode_prompt(served.tokenizer, said, tools=told)
     except UserError as error:
-        raise Refused(str(error), "messages") from None
+        raise Refused(str(error), blame) from None
 
 
 def tokenize(served: Served, body: bytes) -> list[int]:

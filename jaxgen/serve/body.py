@@ -41,10 +41,13 @@ def parse(body: bytes) -> Any:
     """Returns the JSON value of a body.
 
     Raises:
-        Refused: it is not JSON, of which NaN and Infinity are no part.
+        Refused: it is not JSON, of which NaN and Infinity are no part, or says something twice.
     """
+    how = {"parse_constant": _refuse_constant, "parse_float": _parse_float}
     try:
-        return json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_parse_float)
+        return json.loads(body.decode(), object_pairs_hook=_parse_object, **how)
+    except Refused:
+        raise
     except RecursionError:
         raise Refused("the body is nested too deeply; send a flatter one") from None
     except ValueError as error:
@@ -145,7 +148,9 @@ def _of_its_kind(value: Any, options: Sequence[Schema], at: str) -> Sequence[Sch
     for name in said:
         if all("enum" in record["properties"][name] for record in records):
             known = [record["properties"][name]["enum"] for record in records]
-            check(value[name], {"enum": [one for each in known for one in each]}, f"{at}.{name}")
+            # Each once, though several options may be for it.
+            choices = dict.fromkeys(one for each in known for one in each)
+            check(value[name], {"enum": list(choices)}, f"{at}.{name}")
             return [r for r, each in zip(records, known, strict=True) if value[name] in each]
     return options
 
@@ -279,6 +284,15 @@ def _parse_float(text: str) -> int | float:
     number = float(text)
     # JSON does not tell 1.0 from 1.
     return int(number) if number.is_integer() else number
+
+
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = _name(next(name for name in found if names.count(name) > 1))
+        raise Refused(f"{twice} is there twice; send it once", twice)
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -33,7 +33,7 @@ class Choice:
             parser: finds calls of tools in the text; None: there are none.
         """
         self._tokens = None if spelling is None else PlacedTokens(spelling)
-        self._parser, self._size, self._called = parser, 0, False
+        self._parser, self._size = parser, 0
         self.count = 0
         """Tokens so far."""
 
@@ -51,7 +51,8 @@ class Choice:
         events = self._parser.finish() if self._parser else []
         # The tokens of a stop text are no part of the answer; a limit cuts off nothing.
         part = self._part(events, self._size if reason == "stop" else None)
-        return part._replace(reason="tool_calls" if self._called and reason == "stop" else reason)
+        called = reason == "stop" and self._parser is not None and self._parser.complete
+        return part._replace(reason="tool_calls" if called else reason)
 
     def _part(self, events: Sequence[tool_calls.Part], size: int | None) -> Part:
         text, calls = "", []
@@ -59,7 +60,6 @@ class Choice:
             if isinstance(event, TextPart):
                 text += event.text
             else:
-                self._called = True
                 calls.append(_delta(event))
         return Part(text, calls, self._tokens.shown(size) if self._tokens else ())
 

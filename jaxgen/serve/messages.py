@@ -33,6 +33,7 @@ def messages() -> Schema:
         ["type", "id", "function"],
     )
     said = {"role": {"enum": ["system", "developer", "user"]}, "content": content, "name": label}
+    said["tool_calls"] = {"enum": [None, []]}
     # What the client libraries send back of an answer.
     nothing = {"annotations": {"enum": [None, []]}, "refusal": _NULL, "audio": _NULL}
     answered = {"role": {"enum": ["assistant"]}, "name": label, "function_call": _NULL, **nothing}

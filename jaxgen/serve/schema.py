@@ -166,12 +166,12 @@ def _response_format() -> Schema:
     """OpenAI's: a text, or JSON of any kind or of one."""
     of_schema = {
         "name": NAME,
-        "schema": OBJECT,
+        "schema": optional(OBJECT),
         "strict": {**_FLAG, "description": "An answer follows the schema in any case."},
         "description": {"type": ["string", "null"]},
     }
     json_schema = {"type": {"enum": ["json_schema"]}}
-    json_schema["json_schema"] = record(of_schema, ["name", "schema"])
+    json_schema["json_schema"] = record(of_schema, ["name"])
     simple = record({"type": {"enum": ["text", "json_object"]}}, ["type"])
     return optional({"anyOf": [simple, record(json_schema, ["type", "json_schema"])]})
 

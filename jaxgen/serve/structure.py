@@ -8,6 +8,7 @@ from jaxgen.errors import UserError
 from jaxgen.serve.body import Refused
 from jaxgen.serve.grammar import Constraint, Grammars
 from jaxgen.serve.schema import Served
+from jaxgen.serve.tools import check_tools
 
 Given = Mapping[str, Any]
 
@@ -15,6 +16,22 @@ Given = Mapping[str, Any]
 def offered(given: Given) -> Sequence[Mapping[str, Any]]:
     """Returns the tools that an answer may call."""
     return () if given.get("tool_choice") == "none" else given.get("tools", ())
+
+
+def check_offer(given: Given) -> None:
+    """Checks the tools in a body, and what it says of their use.
+
+    Raises:
+        Refused: one of them is none, or the choice is not among them, or there are none.
+    """
+    tools = given.get("tools", ())
+    if "parallel_tool_calls" in given and not tools:
+        raise Refused("parallel_tool_calls is for tools; leave it out", "parallel_tool_calls")
+    for param, choice in {"tools": "auto", "tool_choice": given.get("tool_choice", "auto")}.items():
+        try:
+            check_tools(tools, choice)
+        except UserError as error:
+            raise Refused(str(error), param) from None
 
 
 def constraint_of(served: Served, given: Given) -> Constraint | None:
@@ -47,10 +64,10 @@ _Found = Iterator[tuple[str, Callable[[Grammars], Constraint] | None]]
 
 def _format(given: Given) -> _Found:
     match given.get("response_format"):
-        case {"type": "json_object"}:
-            yield "response_format", Grammars.json_object
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             yield "response_format", lambda grammars: grammars.json_schema(schema)
+        case {"type": "json_object" | "json_schema"}:
+            yield "response_format", Grammars.json_object
 
 
 def _structure(given: Given) -> _Found:
@@ -75,6 +92,6 @@ def _tools(served: Served, given: Given) -> _Found:
             given.get("tools", ()), choice, parallel=given.get("parallel_tool_calls", True)
         )
     except UserError as error:
-        raise Refused(str(error), "tools" if given.get("tools") else "tool_choice") from None
+        raise Refused(str(error), "tools") from None
     special = form.special.keys()
     yield "tools", None if lark is None else lambda grammars: grammars.lark(lark, special)

@@ -90,6 +90,8 @@ class ToolParser:
         self._nesting = _Nesting()
         self._calls = 0
         self._started = self._arguing = self._listing = False
+        self.complete = False
+        """Whether there is a call and the last one is whole."""
         # Whether nothing was said so far, and whether nothing was since the last call.
         self._first, self._after_call = True, False
         self._parts: list[Part] = []
@@ -165,7 +167,7 @@ class ToolParser:
                 if not self._started and not self._whole():
                     return self._refuse(text[place + 1 :])
                 self._held = self._object = ""
-                self._started, self._after_call = False, True
+                self._started, self._after_call, self.complete = False, True, True
                 self._read = self._end
                 return text[place + 1 :]
         return ""
@@ -203,7 +205,9 @@ class ToolParser:
         try:
             found = json.loads(self._object)
             name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
-            text = json.dumps(arguments)
+            # As functions without parameters are called.
+            bare = arguments is None and found.keys() <= {"type", "name", "arguments", "parameters"}
+            text = "{}" if bare else json.dumps(arguments)
         except (ValueError, RecursionError):
             return False
         if not isinstance(name, str) or name not in self._names or text[0] != "{":
@@ -229,7 +233,7 @@ class ToolParser:
         # Nine letters and digits, which is what Mistral's templates insist on.
         self._parts.append(CallStart(self._calls, uuid.uuid4().hex[:9], name))
         self._calls += 1
-        self._first = False
+        self._first = self.complete = False
 
     def _argue(self, text: str) -> None:
         index, last = self._calls - 1, self._parts[-1] if self._parts else None

@@ -192,7 +192,6 @@ FINE = {
     "presence_penalty": [-1, 0.5],
     "frequency_penalty": [-1, 0.5],
     "repetition_penalty": [0.5],
-    "parallel_tool_calls": [True],
     "tools": [[]],
     "logprobs": [True],
     "functions": [[]],
@@ -310,6 +309,9 @@ def in_json(schema):
         ({"response_format": in_json(nested(80))}, None, "nested deeper than 64"),
         ({"response_format": in_json({"maximum": float("1e308") * 10})}, None, "not JSON"),
         (called('{"a": "\\ud800"}'), "messages", "a call of f"),
+        (called("[]") | {"tools": [TOOL]}, "messages", "a call of f"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "is for tools; leave it out"),
+        ({"parallel_tool_calls": True, "tools": []}, "parallel_tool_calls", "is for tools"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "2 entries"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regular expression"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar", "the grammar"),
@@ -334,7 +336,7 @@ def in_json(schema):
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "tool_choice"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "tools",
+            "tool_choice",
             "tool_choice names 'x'",
         ),
     ],
@@ -351,7 +353,14 @@ def test_what_cannot_be_had_is_refused_by_name(server, more, param, words):
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "robot", "content": "x"}, 'messages[0].role="robot": expected "system" or'),
+        (
+            {"role": "function", "content": "x"},
+            'expected "system" or "developer" or "user" or "assistant" or "tool"',
+        ),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{}]},
+            "messages[0].tool_calls=[...] is not supported; leave it out or use []",
+        ),
         ({"role": "user"}, "messages[0].content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, 'type="image_url"'),
         ({"role": "user", "content": "\ud800"}, "surrogate"),
@@ -368,6 +377,48 @@ def test_messages_are_refused_by_place(server, message, words):
     answer = server.post("/v1/chat/completions", {"messages": [message]})
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        (
+            "/tokenize",
+            '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
+            "messages",
+            "prompt and messages cannot both be had; leave one out",
+        ),
+        (
+            "/v1/completions",
+            '{"prompt": "x", "max_tokens": 3, "max_tokens": 2}',
+            "max_tokens",
+            "max_tokens is there twice; send it once",
+        ),
+        (
+            "/v1/completions",
+            '{"prompt": "x", "logit_bias": {"5": 1, "6": 1, "6": 2}}',
+            '"6"',
+            '"6" is there twice',
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(server, path, body, param, words):
+    headers = {"Content-Type": "application/json"}
+    answer = server.http.post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], words in error["message"]) == (param, True)
+
+
+def test_what_is_empty_is_taken(server):
+    user = {"role": "user", "content": "ab", "tool_calls": []}
+    for schema in ({}, {"schema": None}):
+        said = {"type": "json_schema", "json_schema": {"name": "it", **schema}}
+        # The engine, left to itself, would repeat the prompt.
+        more = {"response_format": said, "temperature": 0, "max_tokens": 30}
+        answer = server.post("/v1/chat/completions", {"messages": [user], **more})
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["message"]["content"].lstrip().startswith("{")
 
 
 def test_neutral_values_are_taken(server):

@@ -100,6 +100,32 @@ def test_a_call_that_is_cut_off_ends_for_its_length(client):
     assert made.finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("content", "stop", "reason", "arguments"),
+    [
+        (CALL.replace("Rome", "Graz"), '"Graz', "stop", ['{"city": ']),
+        (CALLS, '"Rome", "x', "tool_calls", ['{"city": "Rome"}'] * 2),
+        (f"{CALLS} end", " end", "tool_calls", ['{"city": "Rome"}'] * 2),
+        (
+            f"{CALL}\n{CALL.replace('Rome', 'Graz')}",
+            "Graz",
+            "stop",
+            ['{"city": "Rome"}', '{"city": "'],
+        ),
+        (CALL.replace('"Rome"}', '"Rome"]'), None, "stop", ['{"city": "Rome"']),
+        ("no call", None, "stop", []),
+    ],
+)
+def test_a_call_that_is_not_whole_is_no_reason_to_call(client, content, stop, reason, arguments):
+    """A client reads the arguments as JSON where that is what the reason says."""
+    choice = ask(client, f"go {content}", stop=stop).choices[0]
+    calls = choice.message.tool_calls or []
+    assert [call.function.arguments for call in calls] == arguments
+    assert choice.finish_reason == reason
+    _, calls, told, _ = streamed(client, f"go {content}", stop=stop)
+    assert (told, [each for _, each in calls]) == (reason, arguments)
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "time"}}])
 def test_a_call_can_be_forced(client, choice):
     """Whatever the model would say: here, to repeat the prompt."""

@@ -208,7 +208,7 @@ def test_arguments_come_as_they_are_written():
         "a <tool_call",
         " <tool_call> ",
         "<tool_call>now()</tool_call>",
-        '<tool_call>{"name": "now"}</tool_call> b',
+        '<tool_call>{"name": "now", "x": 1}</tool_call> b',
         '<tool_call>{"name": "now", "arguments": [1]}</tool_call>',
         '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "now", "arguments": {]}</tool_call>'.replace("now", "other"),
@@ -248,6 +248,12 @@ def test_what_is_no_call_stays_content(text):
         # An end that is missing, or not all there, loses nothing.
         ("hermes", '<tool_call>{"name": "now", "arguments": {}} so', "so", [("now", "{}")]),
         ("hermes", '<tool_call>{"name": "now", "arguments": {}}</tool', "", [("now", "{}")]),
+        # A function without parameters.
+        ("hermes", '<tool_call>{"name": "now"}</tool_call> b', "b", [("now", "{}")]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": null}', "", [("now", "{}")]),
+        ("mistral", '[TOOL_CALLS][{"name": "now"}]', "", [("now", "{}")]),
+        ("llama3", '{"type": "function", "name": "now"}', "", [("now", "{}")]),
+        ("llama3", '{"name": "now", "age": 3}', None, []),
         # The answer was too long.
         ("hermes", '<tool_call>{"name": "now", "arguments": {"a', "", [("now", '{"a')]),
         ("hermes", '<tool_call>{"name": "now", "arguments": {]b', "]b", [("now", "{")]),
