@@ -44,8 +44,8 @@ def _bench_collectives(args: argparse.Namespace, config: Any) -> None:
         print(json.dumps(results) if args.json else table(results))
 
 
-def _bench_serve(args: argparse.Namespace, config: Any) -> None:
-    from jaxgen.serve.bench import Limits, bench_own, bench_serve, table
+def _bench_serve(args: argparse.Namespace, config: Any) -> int:
+    from jaxgen.serve.bench import Limits, bench_own, bench_serve, shortcomings, table
     from jaxgen.serve.keys import read_keys
     from jaxgen.serve.load import Lengths, Load
 
@@ -81,6 +81,10 @@ def _bench_serve(args: argparse.Namespace, config: Any) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         results = bench_own(args.source, set_here, load, **given)
     print(json.dumps(results) if args.json else table(results))
+    for line in shortcomings(results):
+        print("jaxgen:", line, file=sys.stderr)
+    # For a script that reads rates and no counts.
+    return int(bool(results["errors"]))
 
 
 def _collectives_config() -> Any:

@@ -75,6 +75,8 @@ def bench_serve(
         Scalars and small dicts for JSON; times in seconds. `ttft_s`, `tpot_s`, `itl_s`, `latency_s`
         and `late_s` (how long after it was due a request was sent) have a mean and percentiles.
         `errors` counts what failed, by what was said; no rate, length or latency counts it.
+        `output_tokens_asked` is how many tokens the answers that came were to have, which are fewer
+        where a server does not know `ignore_eos`.
         `goodput_requests_per_s` is None without limits. `client_ceiling` is what the client does
         against a server that computes nothing, and `client_load` the largest share of that which
         was needed here. Of a jaxgen server, `decode_gb_per_s` is what each device had to read
@@ -121,6 +123,9 @@ def bench_serve(
         "shared_prefix": load.shared_prefix,
         "warmup": load.warmup,
         **summarise(found, limits),
+        "output_tokens_asked": sum(
+            ask.max_tokens for ask, each in zip(asks, found, strict=True) if each.error is None
+        ),
     }
     done = {name: after[name] - before.get(name, 0.0) for name in after}
     took = done.get("decode_seconds")
@@ -250,7 +255,8 @@ def table(results: dict[str, Any]) -> str:
         "answered": f"{results['completed']:,} of {results['requests']:,}"
         f" in {results['duration_s']:.3g} s, after {results['warmup']} to warm up",
         **{f"failed {count:,}": text for text, count in results["errors"].items()},
-        "tokens": f"{results['input_tokens']:,} in, {results['output_tokens']:,} out",
+        "tokens": f"{results['input_tokens']:,} in, {results['output_tokens']:,} out"
+        f" of {results['output_tokens_asked']:,} asked for",
         "requests/s": f"{results['requests_per_s']:,.2f}",
         "output tokens/s": f"{results['output_tokens_per_s']:,.1f}",
         "all tokens/s": f"{results['total_tokens_per_s']:,.1f}",
@@ -273,6 +279,18 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"{label:{width}}  {text}" for label, text in facts.items()]
     header = ("ms", "mean", *(f"p{p}" for p in PERCENTILES))
     return "\n".join([*lines, "", columns(header, rows)])
+
+
+def shortcomings(results: dict[str, Any]) -> list[str]:
+    """Returns a line for each way in which `bench_serve` got less than it asked for."""
+    failed, got = results["requests"] - results["completed"], results["output_tokens"]
+    lines = []
+    if failed:
+        lines.append(f"{failed:,} of {results['requests']:,} requests failed; no rate counts them")
+    if got < (asked := results["output_tokens_asked"]):
+        short = f"answers had {got:,} tokens of the {asked:,} asked for"
+        lines.append(f"{short}; use a server that knows ignore_eos to compare rates")
+    return lines
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from serving import running
 from jaxgen.cli import main
 from jaxgen.errors import UserError
 from jaxgen.peaks import Peak
-from jaxgen.serve.bench import Limits, bench_serve, summarise, table
+from jaxgen.serve.bench import Limits, bench_serve, shortcomings, summarise, table
 from jaxgen.serve.ceiling import measure_ceiling
 from jaxgen.serve.client import Client, Streamed, drive_closed, drive_open
 from jaxgen.serve.load import Lengths, Load
@@ -298,6 +298,8 @@ def test_a_server_of_ours_is_measured(rate, monkeypatch):
     assert (got["completed"], got["errors"]) == (24, {})
     assert got["input_tokens"] == sum(len(ask.prompt) for ask in asks)
     assert got["output_tokens"] == sum(ask.max_tokens for ask in asks)
+    assert got["output_tokens_asked"] == got["output_tokens"]
+    assert shortcomings(got) == []
     assert got["goodput_requests_per_s"] == got["requests_per_s"]
     assert 0 < got["ttft_s"]["p50"] < got["latency_s"]["p50"]
     assert got["decode_gb_per_s"] > 0
@@ -315,6 +317,30 @@ def test_a_server_of_ours_is_measured(rate, monkeypatch):
     assert [line.split()[0] for line in lines[-5:]] == ["ttft", "tpot", "itl", "latency", "late"]
     if rate is not None:
         assert got["duration_s"] >= asks[-1].due_s
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_script_is_told_of_failures_and_of_short_answers(fails, monkeypatch, capsys):
+    monkeypatch.setattr("jaxgen.serve.ceiling.EVENTS", 50)
+
+    async def script(body, writer, index):
+        # Of the eight tokens asked for, three.
+        writer.write(plain(429, "full") if fails and index else HEAD + chunk(WHOLE) + END)
+
+    with faking(script) as fake:
+        asked = ["--num-requests=4", "--warmup=0", "--output-tokens=8", "--json"]
+        code = main(["bench", "serve", "--url", fake.url, *asked])
+    out, err = capsys.readouterr()
+    got, good = json.loads(out), 1 if fails else 4
+    assert (got["output_tokens"], got["output_tokens_asked"]) == (3 * good, 8 * good)
+    lines = [f"jaxgen: answers had {3 * good} tokens of the {8 * good} asked for; use a server"]
+    if fails:
+        lines.insert(0, "jaxgen: 3 of 4 requests failed; no rate counts them")
+    for line, begin in zip(err.splitlines()[-len(lines) :], lines, strict=True):
+        assert line.startswith(begin)
+    assert code == int(fails)
+    words = f"{got['input_tokens']:,} in, {3 * good} out of {8 * good} asked for"
+    assert words in table(got)
 
 
 @pytest.mark.full
