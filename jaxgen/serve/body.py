@@ -289,9 +289,11 @@ def _parse_float(text: str) -> int | float:
 def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = _name(next(name for name in found if names.count(name) > 1))
-        raise Refused(f"{twice} is there twice; send it once", twice)
+        seen = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise Refused(f"{_name(name)} is there twice; send it once", _name(name))
+            seen.add(name)
     return found
 
 

@@ -206,8 +206,8 @@ class ToolParser:
             found = json.loads(self._object)
             name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
             # As functions without parameters are called.
-            bare = arguments is None and found.keys() <= {"type", "name", "arguments", "parameters"}
-            text = "{}" if bare else json.dumps(arguments)
+            none = arguments is None and found.keys() <= {"type", "name", "arguments", "parameters"}
+            text = "{}" if none else json.dumps(arguments)
         except (ValueError, RecursionError):
             return False
         if not isinstance(name, str) or name not in self._names or text[0] != "{":
