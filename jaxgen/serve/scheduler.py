@@ -93,8 +93,8 @@ class Scheduler:
             )
         if bounded and len(request.prompt) > self.max_queued_tokens:
             raise UserError(
-                f"the prompt has {len(request.prompt)} tokens, more than may ever wait: shorten it, "
-                f"or raise max_queued_tokens={self.max_queued_tokens}"
+                f"the prompt has {len(request.prompt)} tokens, more than may ever wait; shorten "
+                f"it, or raise max_queued_tokens={self.max_queued_tokens}"
             )
         if bounded and len(self._waiting) >= self.max_queued_requests:
             raise QueueFull(
