@@ -204,7 +204,9 @@ def bench_collectives(
     if max_bytes is None:
         max_bytes = max(min_bytes, MAX_BYTES_ON_CPU if device.platform == "cpu" else MAX_BYTES)
     if not 0 < min_bytes <= max_bytes:
-        raise UserError(f"{min_bytes=} {max_bytes=}; use 0 < --min-bytes <= --max-bytes")
+        raise UserError(
+            f"--min-bytes {min_bytes} --max-bytes {max_bytes}; use 0 < --min-bytes <= --max-bytes"
+        )
     if iterations < 1:
         raise UserError(f"--iterations {iterations}; use 1 or more")
     rows = []

@@ -39,9 +39,11 @@ def _generate(args: argparse.Namespace, config: Any) -> None:
     from jaxgen.serve.generate import generate_text
 
     if args.chat:
-        from jaxgen.data.chat import template_of
+        from jaxgen.data.chat import encode_prompt
 
-        template_of(args.model.tokenizer())
+        # A template that cannot be rendered is known before weights are read.
+        for prompt in prompts:
+            encode_prompt(args.model.tokenizer(), [{"role": "user", "content": prompt}])
     sampling, stop_ids = _sampling(args), args.model.generation.stop_ids
     # Draws depend on the seed and the position alone: with one seed, all texts would be alike.
     samplings = [dataclasses.replace(sampling, seed=args.seed + row) for row in range(len(prompts))]

@@ -164,8 +164,8 @@ def test_command_takes_a_mesh_without_a_config(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_bytes": 0}, "min_bytes=0"),
-        ({"min_bytes": 8, "max_bytes": 4}, "min_bytes=8 max_bytes=4"),
+        ({"min_bytes": 0}, "--min-bytes 0"),
+        ({"min_bytes": 8, "max_bytes": 4}, "--min-bytes 8 --max-bytes 4"),
         ({"iterations": 0}, "--iterations 0"),
     ],
 )

@@ -10,6 +10,7 @@ from formats.small_folders import LLAMA, llama_tensors, write_file, write_folder
 
 from jaxgen.checkpoint.manager import CheckpointManager
 from jaxgen.checkpoint.tree import named_leaves
+from jaxgen.cli import main
 from jaxgen.config import TrainConfig, save_config
 from jaxgen.data.config import DataConfig
 from jaxgen.data.tokenizer import Tokenizer
@@ -244,3 +245,12 @@ def test_abstract_models_have_no_repeats(folder, mesh):
     model = abstract_model(open_model(folder).serve_config(), mesh, "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
     assert model.layers.mlp.up.shape == (2, 32, 48)
+
+
+def test_a_chat_template_that_fails_is_known_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    monkeypatch.setattr("jaxgen.compiler.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxgen.pretrained.load_model", lambda *_: pytest.fail("it was read"))
+    assert main(["generate", str(tmp_path), "--chat", "--prompt", "x"]) == 2
+    assert "the chat template fails: " in capsys.readouterr().err

@@ -6,15 +6,16 @@ bandwidth-optimal algorithm of each collective.
 
 import collections
 import dataclasses
+import functools
 
 import pytest
 
 from jaxgen.config import TrainConfig
 from jaxgen.data.config import DataConfig
-from jaxgen.models.config import DecoderConfig
+from jaxgen.models.config import ComputeConfig, DecoderConfig
 from jaxgen.nn.router import MoEConfig
 from jaxgen.plan.hlo import Program
-from jaxgen.sharding import MeshConfig, make_mesh
+from jaxgen.sharding import MeshConfig, Rules, make_mesh
 from jaxgen.train.loop import LoopConfig
 from jaxgen.train.program import compile_step
 
@@ -74,6 +75,22 @@ def context(model, devices):
     return fsdp(model, devices) | {"collective-permute": hops * model.num_layers * keys_values}
 
 
+def gather_once(model, devices):
+    layers, table = weights(model)
+    found = fsdp(model, devices)
+    return found | {
+        kind: share(devices) * (layers + table) for kind in ("all-gather", "reduce-scatter")
+    }
+
+
+def context_gathered(model, devices):
+    keys_values = 2 * SIZE * ROWS * TOKENS * model.num_kv_heads * model.head_dim
+    found = fsdp(model, devices)
+    found["all-gather"] += 2 * share(devices) * model.num_layers * keys_values
+    found["reduce-scatter"] += share(devices) * model.num_layers * keys_values
+    return found
+
+
 def pipeline(model, devices):
     stream = SIZE * ROWS * TOKENS * model.embed_dim
     microbatch = stream / devices
@@ -94,17 +111,38 @@ def expert(model, devices):
     return found
 
 
+def expert_sent(model, devices, capacity=None):
+    """By all_to_all: a device has room for a part of all tokens."""
+    stream = share(devices) * SIZE * ROWS * TOKENS * model.embed_dim
+    per_token, local = model.moe.num_experts_per_tok, model.moe.num_experts / devices
+    room = min(per_token, local, (capacity or devices) * per_token / devices)
+    found = fsdp(dataclasses.replace(model, mlp_dim=0, moe=None), devices)
+    found["all-to-all"] += 5 * room * stream * model.num_layers
+    return found
+
+
 DEEP = dataclasses.replace(MODEL, num_layers=8)
 EXPERTS = dataclasses.replace(
     MODEL, mlp_dim=1024, moe=MoEConfig(num_experts=8, num_experts_per_tok=2)
 )
+RULES, ZERO_1 = Rules(), Rules(embed=("fsdp", "data"))
+# Of an axis, by how it is used: the model, what is set besides, and the formula.
 CASES = {
-    "fsdp": (MeshConfig(fsdp=8), MODEL, fsdp),
-    "data": (MeshConfig(data=8, fsdp=1), MODEL, data),
-    "tensor": (MeshConfig(fsdp=1, tensor=8), MODEL, tensor),
-    "context": (MeshConfig(fsdp=1, context=8), MODEL, context),
-    "pipeline": (MeshConfig(fsdp=1, pipeline=8), DEEP, pipeline),
-    "expert": (MeshConfig(fsdp=1, expert=8), EXPERTS, expert),
+    "fsdp": (MODEL, {}, fsdp),
+    "fsdp gather_once": (MODEL, {"gather_once": "fsdp"}, gather_once),
+    "data": (MODEL, {}, data),
+    "data gather_once": (MODEL, {"gather_once": "data", "rules": ZERO_1}, gather_once),
+    "tensor": (MODEL, {}, tensor),
+    "context ring": (MODEL, {}, context),
+    "context all_gather": (MODEL, {"context_attention": "all_gather"}, context_gathered),
+    "pipeline": (DEEP, {}, pipeline),
+    "expert all_gather": (EXPERTS, {}, expert),
+    "expert all_to_all": (EXPERTS, {"expert_dispatch": "all_to_all"}, expert_sent),
+    "expert capacity": (
+        EXPERTS,
+        {"expert_dispatch": "all_to_all", "expert_capacity": 1.5},
+        functools.partial(expert_sent, capacity=1.5),
+    ),
 }
 
 
@@ -117,23 +155,29 @@ def sent(compiled, mesh):
     return found
 
 
-def step(mesh_config, model, devices, rows=ROWS):
-    loop = LoopConfig(batch_size=rows, seq_len=TOKENS)
+def step(mesh_config, model, devices, rows=ROWS, rules=RULES, **compute):
     config = TrainConfig(
-        name="traffic", model=model, data=DataConfig(), mesh=mesh_config, train=loop
+        name="traffic",
+        model=model,
+        data=DataConfig(),
+        mesh=mesh_config,
+        rules=rules,
+        compute=ComputeConfig(**compute),
+        train=LoopConfig(batch_size=rows, seq_len=TOKENS),
     )
     mesh = make_mesh(mesh_config, devices=devices)
     return compile_step(config, mesh), mesh
 
 
-@pytest.mark.parametrize("axis", CASES)
-def test_a_step_sends_what_theory_says(axis, describe):
-    config, model, formula = CASES[axis]
-    compiled, mesh = step(config, model, describe("v5e:2x4"))
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_sends_what_theory_says(case, describe):
+    axis, (model, more, formula) = case.split()[0], CASES[case]
+    config = MeshConfig(**{"fsdp": 1, axis: 8})
+    compiled, mesh = step(config, model, describe("v5e:2x4"), **more)
     found, expected = sent(compiled, mesh), formula(model, 8)
     assert set(found) == {axis}
     found = found[axis]
-    if axis in ("fsdp", "context", "expert"):
+    if "all-to-all" in expected:  # What is split as by fsdp.
         # The compiler turns a reduce-scatter over columns, and that of the head, into an all-reduce
         # and a slice: twice the bytes. The output projections and the head are less than half.
         assert found["all-reduce"] < 2 * 0.65 * expected["reduce-scatter"]
