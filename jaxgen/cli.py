@@ -18,6 +18,7 @@ from jaxgen.command import Command, load
 from jaxgen.commands import COMMANDS
 from jaxgen.errors import UserError
 from jaxgen.options import FILE, OPTIONS
+from jaxgen.ranges import range_of
 
 # The user's machine, not our bug: no permission, no space, a read-only or vanished place.
 ENVIRONMENT_ERRORS = frozenset(
@@ -175,6 +176,8 @@ def _field_help(config: Any) -> str:
             lines += ["", *textwrap.wrap(f"{field.path}: {field.doc}{state}", columns)]
             continue
         usage = f"  --{field.path} {fields.kind_text(field.kind)}"
+        if allowed := range_of(field.kind):
+            usage += f" {allowed.text()}"
         text = field.doc
         if not field.in_absent_group:
             text += f" [{fields.value_text(field.value)}]"

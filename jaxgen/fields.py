@@ -88,13 +88,14 @@ def walk(tree: Any) -> Iterator[Field]:
 
 def kind_text(kind: Any) -> str:
     """Names a type as the command line takes it: `INT`, `a|b`, `FLOAT,FLOAT,...`, `STR|none`."""
+    if len(_options(kind)) > 1:
+        return "|".join(kind_text(option) for option in _options(kind))
+    (kind,) = _options(kind)
     if typing.get_origin(kind) is Literal:
         return "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         return ",".join("..." if item is Ellipsis else kind_text(item) for item in items)
-    if len(_options(kind)) > 1:
-        return "|".join(kind_text(option) for option in _options(kind))
     if kind in (None, types.NoneType):
         return "none"
     return "true|false" if kind is bool else kind.__name__.upper() if kind in SCALARS else "JSON"
@@ -239,7 +240,12 @@ def _item_kinds(kind: Any, items: Any, path: str) -> list[Any]:
 
 def _options(kind: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if is_union else (kind,)
+    options = typing.get_args(kind) if is_union else (kind,)
+    return tuple(_unannotated(option) for option in options)
+
+
+def _unannotated(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def _is_tree(kind: Any) -> bool:
@@ -256,7 +262,7 @@ def _short(value: Any) -> str:
 
 @functools.cache
 def _kinds(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.errors import UserError
 from jaxgen.metric_files import MetricFiles
 from jaxgen.peaks import peak
+from jaxgen.ranges import Count, check_ranges
 
 # The order of a line of metrics.jsonl; what else there is follows.
 _FIRST_KEYS = (
@@ -47,14 +47,13 @@ def mfu(flops_per_token: float, tokens_per_s: float, devices: Any) -> float | No
 class MetricsConfig:
     """What is shown of a run. `metrics.jsonl` always has every step."""
 
-    log_every_steps: int = 10
+    log_every_steps: Count = 10
     """Steps between two lines on the console; also of the first and the last step."""
     tensorboard: bool = True
     """Also write every step for TensorBoard, below the run directory."""
 
     def __post_init__(self):
-        if self.log_every_steps < 1:
-            raise UserError(f"metrics.log_every_steps={self.log_every_steps}; use 1 or more")
+        check_ranges(self, "metrics.")
 
 
 class MetricWriter:

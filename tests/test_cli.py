@@ -98,7 +98,7 @@ def test_overview_lists_every_command_and_no_other(capsys):
 def test_help_of_a_config_shows_every_field_with_its_unit_and_value(capsys):
     assert main(["train", TINY, "--train.steps", "12345", "--help"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"--train.steps INT\n +[^\[]{10,}\[12345\]", out)
+    assert re.search(r"--train.steps INT from 1 on\n +[^\[]{10,}\[12345\]", out)
     assert "--run-dir DIR" in out
     assert "--model.rope_scaling.factor FLOAT" in out
     assert "[none; set a field" in out

@@ -237,5 +237,5 @@ def test_mfu():
 
 
 def test_config_is_checked():
-    with pytest.raises(UserError, match="log_every_steps=0; use 1 or more"):
+    with pytest.raises(UserError, match="log_every_steps=0; use a number from 1 on"):
         MetricsConfig(log_every_steps=0)

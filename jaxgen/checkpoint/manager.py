@@ -23,31 +23,24 @@ from jaxgen.checkpoint.errors import blame
 from jaxgen.checkpoint.steps import Steps
 from jaxgen.checkpoint.tree import check_same_model, lookup, mesh_of, named_leaves, target, to_parts
 from jaxgen.errors import UserError
+from jaxgen.ranges import Count, CountOrZero, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When a run is saved, and what of it is kept."""
 
-    save_every_steps: int = 1000
+    save_every_steps: Count = 1000
     """Steps between two checkpoints. The last step and an announced end are saved anyway."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints to keep; 2 leave one to fall back to if the newest is damaged."""
-    keep_every_steps: int = 0
+    keep_every_steps: CountOrZero = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none."""
-    timeout_s: float = 1800.0
+    timeout_s: Positive = 1800.0
     """Longest wait for a save in the background, before the next one or at the end."""
 
     def __post_init__(self):
-        for name in ("save_every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"checkpoint.{name}={getattr(self, name)}; use 1 or more")
-        if self.keep_every_steps < 0:
-            raise UserError(
-                f"checkpoint.keep_every_steps={self.keep_every_steps}; use a number of steps, or 0"
-            )
-        if self.timeout_s <= 0:
-            raise UserError(f"checkpoint.timeout_s={self.timeout_s}; use a number of seconds")
+        check_ranges(self, "checkpoint.")
 
 
 class Restored(NamedTuple):

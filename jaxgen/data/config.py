@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxgen.data.sources import Source
 from jaxgen.errors import UserError
+from jaxgen.ranges import Count, Seed, ShareBelowOne, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,25 +15,22 @@ class DataConfig:
     """Where the documents come from; the weights set their shares."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe` (trained on the sources), or a `tokenizer.json` or its folder, at any URL."""
-    bpe_vocab_size: int = 8192
+    bpe_vocab_size: Count = 8192
     """Tokens that `tokenizer=bpe` trains; of no effect otherwise."""
     cache_dir: str = ""
     """Local folder for packed rows and trained tokenizers. Empty: `$XDG_CACHE_HOME/jaxgen/data`, or
     `~/.cache/jaxgen/data`."""
-    eval_fraction: float = 0.01
+    eval_fraction: ShareBelowOne = 0.01
     """Share of the text that is held out from training."""
-    shuffle_seed: int = 0
+    shuffle_seed: Seed = 0
     """Seed of the order of rows and of the mixture."""
-    prefetch: int = 2
+    prefetch: Count = 2
     """Batches that are made ahead of the step that needs them."""
 
     def __post_init__(self):
+        check_ranges(self, "data.")
         if not self.sources:
             raise UserError("data.sources is empty; give at least one source")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"data.eval_fraction={self.eval_fraction}; use a number in [0, 1)")
-        if self.prefetch < 1:
-            raise UserError(f"data.prefetch={self.prefetch}; use at least 1")
         if "://" in self.cache_dir:
             raise UserError(
                 f"data.cache_dir={self.cache_dir} is a URL; packed rows are read at random, so use "

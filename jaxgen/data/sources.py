@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Literal, get_args
 
 from jaxgen.errors import UserError, is_of_store
+from jaxgen.ranges import Positive, check_ranges
 
 Kind = Literal["stdlib", "text", "jsonl", "parquet", "chat", "packed"]
 
@@ -32,10 +33,11 @@ class Source:
     text_field: str = ""
     """The JSONL key or Parquet column that holds the document. Empty: `text`, of conversations
     `messages`."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of the training rows relative to the other sources' weights."""
 
     def __post_init__(self):
+        check_ranges(self, "data source ")
         if self.kind not in get_args(Kind):
             raise UserError(
                 f"data source kind {self.kind!r} is unknown; use one of {', '.join(get_args(Kind))}"
@@ -47,8 +49,6 @@ class Source:
                 f"data source path={self.path!r} has kind=stdlib, which takes no path; "
                 "use kind=text, jsonl, parquet or chat"
             )
-        if not self.weight > 0:
-            raise UserError(f"data source weight={self.weight}; use a positive number")
 
     @property
     def field(self) -> str:

@@ -17,6 +17,7 @@ from jaxgen.nn.rope import RopeScaling
 from jaxgen.nn.router import MoEConfig
 from jaxgen.nn.schedule import Pipeline
 from jaxgen.nn.stack import Remat
+from jaxgen.ranges import AboveOne, Count, Positive, check_ranges
 from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 
 
@@ -24,29 +25,29 @@ from jaxgen.sharding import AXES, Axes, Rules, logical_to_mesh
 class DecoderConfig:
     """The shape of a decoder: what a checkpoint means."""
 
-    vocab_size: int
+    vocab_size: Count
     """Tokens in the embedding table."""
-    num_layers: int
+    num_layers: Count
     """Layers."""
-    embed_dim: int
+    embed_dim: Count
     """Width of the residual stream."""
-    num_heads: int
+    num_heads: Count
     """Query heads."""
-    num_kv_heads: int
+    num_kv_heads: Count
     """Key and value heads; each serves num_heads / num_kv_heads query heads."""
-    head_dim: int
+    head_dim: Count
     """Width of one head; even, for RoPE."""
-    mlp_dim: int
+    mlp_dim: Count
     """Width of the gated MLP, or of each expert."""
-    max_seq_len: int
+    max_seq_len: Count
     """Tokens in the longest sequence the model is meant for."""
-    rope_theta: float = 10_000.0
+    rope_theta: AboveOne = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """How positions past the trained length are read; None leaves them as they are."""
-    rope_local_theta: float | None = None
+    rope_local_theta: AboveOne | None = None
     """Base in local layers, which are never scaled; None for the same as everywhere."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square in every RMSNorm."""
     norm_plus_one: bool = False
     """Whether norm scales are stored less one (Gemma)."""
@@ -56,20 +57,20 @@ class DecoderConfig:
     """Of the gate."""
     tie_embeddings: bool = False
     """Whether the output layer is the embedding table."""
-    embed_scale: float | None = None
+    embed_scale: Positive | None = None
     """Factor on embeddings (Gemma: sqrt(embed_dim)); None for 1."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
     qk_norm: bool | Literal["all"] = False
     """RMSNorm of every query and key head before RoPE (Qwen 3, Gemma 3); or of all heads together
     (OLMo 2)."""
-    attention_scale: float | None = None
+    attention_scale: Positive | None = None
     """Factor on attention scores; None for head_dim ** -0.5."""
-    attention_soft_cap: float | None = None
+    attention_soft_cap: Positive | None = None
     """Scores s become cap * tanh(s / cap) (Gemma 2)."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: Positive | None = None
     """The same for the output logits."""
-    sliding_window: int | None = None
+    sliding_window: Count | None = None
     """Tokens that a local layer sees, itself included."""
     layer_pattern: tuple[Literal["global", "local"], ...] = ("global",)
     """Kinds of the layers, repeated to num_layers."""
@@ -77,6 +78,7 @@ class DecoderConfig:
     """Experts in place of the MLP; None for a dense model."""
 
     def __post_init__(self):
+        check_ranges(self, "model.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -84,6 +86,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; RoPE turns pairs")
+        if not self.layer_pattern:
+            raise UserError("model.layer_pattern is empty; name the kind of at least one layer")
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise UserError(
                 "model.layer_pattern has local layers and model.sliding_window is None; "
@@ -202,21 +206,18 @@ class ComputeConfig:
     expert_dispatch: Dispatch = "all_gather"
     """How tokens travel over mesh.expert: all to every device, whatever num_experts_per_tok is; or
     all_to_all, to the devices of their experts alone, which pays with a capacity."""
-    expert_capacity: float | None = None
+    expert_capacity: Positive | None = None
     """all_to_all: tokens that a device has room for, over an even share; tokens beyond it lose that
     expert and are counted. None for the worst case, which drops nothing."""
 
     def __post_init__(self):
+        check_ranges(self, "compute.")
         for axis in logical_to_mesh(self.gather_once):
             if axis not in AXES:
                 raise UserError(
                     f"compute.gather_once={self.gather_once!r}: no mesh axis {axis!r}; "
                     f"use {', '.join(AXES)}"
                 )
-        if self.expert_capacity is not None and self.expert_capacity <= 0:
-            raise UserError(
-                f"compute.expert_capacity={self.expert_capacity}; use 1 for an even share, or more"
-            )
         if self.expert_capacity is not None and self.expert_dispatch != "all_to_all":
             raise UserError(
                 f"compute.expert_capacity={self.expert_capacity} with compute.expert_dispatch="

@@ -22,6 +22,7 @@ from jaxgen.errors import UserError
 from jaxgen.nn.init import Elementwise, Maker, Precise
 from jaxgen.nn.product import product
 from jaxgen.nn.stream import enter, leave, partial_sums
+from jaxgen.ranges import Count, Positive, check_ranges
 from jaxgen.sharding import Rules, logical_to_mesh
 
 if TYPE_CHECKING:
@@ -55,16 +56,15 @@ TARGETS = {
 class LoRAConfig:
     """Low-rank adapters in place of training all weights; those are frozen, and need an `init`."""
 
-    rank: int = 16
+    rank: Count = 16
     """Of each adapter."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """Adapters are added times alpha / rank, so that the learning rate can stay if rank changes."""
     targets: tuple[str, ...] = tuple(TARGETS)
     """The weights that get one, in every layer: of q, k, v, o, gate, up, down."""
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"lora.rank={self.rank}; use 1 or more")
+        check_ranges(self, "lora.")
         for name in self.targets:
             if name not in TARGETS:
                 raise UserError(f"lora.targets has {name!r}; use some of {', '.join(TARGETS)}")

@@ -12,35 +12,37 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.errors import UserError
+from jaxgen.ranges import Count, CountOrZero, Positive, PositiveOrZero, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """The experts that take the place of every layer's MLP; each is as wide as model.mlp_dim."""
 
-    num_experts: int
+    num_experts: Count
     """Experts of each layer."""
-    num_experts_per_tok: int
+    num_experts_per_tok: Count
     """Experts that a token goes to."""
-    shared_mlp_dim: int = 0
+    shared_mlp_dim: CountOrZero = 0
     """Width of the MLP that every token goes through besides: all shared experts together."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """Scores sum to 1 over the experts (Mixtral, Qwen 3), or are each expert's own, and a bias that
     evens out the loads decides with them who is chosen (DeepSeek-V3)."""
     normalize_weights: bool = True
     """Whether the weights of a token's experts are divided by their sum."""
-    routed_scale: float = 1.0
+    routed_scale: Positive = 1.0
     """Factor on the weights of a token's experts."""
-    load_balance_weight: float = 0.01
+    load_balance_weight: PositiveOrZero = 0.01
     """Weight of the load-balance loss, which is 1 if all experts get equally many tokens."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: PositiveOrZero = 0.0
     """Weight of the mean of logsumexp(router logits)^2; 1e-3 keeps them from growing."""
-    bias_update_rate: float = 0.0
+    bias_update_rate: PositiveOrZero = 0.0
     """sigmoid: what a step adds to the bias of experts with less than the mean load, and takes from
     the others; 1e-3 in DeepSeek-V3."""
 
     def __post_init__(self):
-        if not 0 < self.num_experts_per_tok <= self.num_experts:
+        check_ranges(self, "model.moe.")
+        if self.num_experts_per_tok > self.num_experts:
             raise UserError(
                 f"model.moe.num_experts_per_tok={self.num_experts_per_tok} of "
                 f"model.moe.num_experts={self.num_experts}; use 1 to {self.num_experts}"

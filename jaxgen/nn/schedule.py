@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxgen.errors import MeshError, UserError
+from jaxgen.ranges import Count, CountOrZero, check_ranges
 from jaxgen.sharding import Rules, logical_to_mesh
 
 AXIS = "pipeline"
@@ -49,21 +50,15 @@ class Schedule(NamedTuple):
 class Pipeline:
     """How a batch goes through the stages of `mesh.pipeline`; without stages nothing is done."""
 
-    num_microbatches: int = 0
+    num_microbatches: CountOrZero = 0
     """Parts of the batch, a multiple of the stages; 0 for as many as there are stages. More of them
     waste less time: (stages - 1) / (repeats * microbatches + stages - 1) of it is idle."""
-    num_repeats: int = 1
+    num_repeats: Count = 1
     """Rounds of a microbatch through the stages. Each more divides the idle time, and multiplies
     what travels between stages. Checkpoints do not depend on it."""
 
     def __post_init__(self):
-        if self.num_microbatches < 0:
-            raise UserError(
-                f"compute.pipeline.num_microbatches={self.num_microbatches}; use a multiple of "
-                "mesh.pipeline, or 0"
-            )
-        if self.num_repeats < 1:
-            raise UserError(f"compute.pipeline.num_repeats={self.num_repeats}; use 1 or more")
+        check_ranges(self, "compute.pipeline.")
 
     def schedule(self, mesh: Mesh | AbstractMesh, rules: Rules) -> Schedule | None:
         """Returns the schedule on a mesh; None if layers are not split over `pipeline` there."""

@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.models.decoder import Decoder
+from jaxgen.ranges import Count, CountOrZero, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """When and on how much held-out text the loss is measured."""
 
-    every_steps: int = 100
+    every_steps: CountOrZero = 100
     """Steps between evaluations, also before the first and after the last; 0 for never."""
-    batches: int = 8
+    batches: Count = 8
     """Held-out batches in each, always the same; fewer if the held-out set is smaller."""
+
+    def __post_init__(self):
+        check_ranges(self, "eval.")
 
 
 def evaluate_batch(model: Decoder, batch: Any) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ from jaxgen.errors import UserError
 from jaxgen.fields import to_json
 from jaxgen.metrics import MetricWriter
 from jaxgen.models.decoder import Decoder
+from jaxgen.ranges import Count, PositiveOrZero, Seed, check_ranges
 from jaxgen.train.evaluate import evaluate
 from jaxgen.train.origin import check_same_origin, note_of, open_origin
 from jaxgen.train.program import (
@@ -41,23 +42,21 @@ if TYPE_CHECKING:
 class LoopConfig:
     """How long a run is, and what one step takes."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps in the whole run; the learning-rate schedule ends here."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Rows in each step, over all devices and micro-batches."""
-    seq_len: int = 1024
+    seq_len: Count = 1024
     """Tokens in a row."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Count = 1
     """Micro-batches that each step adds up; a row count must divide into them."""
-    z_loss: float = 0.0
+    z_loss: PositiveOrZero = 0.0
     """Weight of logsumexp(logits)^2 in the objective; 1e-4 keeps logits from drifting."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial parameters. The order of the data has its own, data.shuffle_seed."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "grad_accum_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)}; use 1 or more")
+        check_ranges(self, "train.")
 
 
 def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = None) -> TrainState:

@@ -14,8 +14,16 @@ import optax
 from flax import nnx
 from optax import contrib
 
-from jaxgen.errors import UserError
 from jaxgen.nn.init import Elementwise
+from jaxgen.ranges import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Share,
+    ShareBelowOne,
+    check_ranges,
+)
 
 global_norm = optax.tree.norm  # for the step, which does not know optax
 
@@ -26,40 +34,33 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon", "lion", "adafactor"] = "adamw"
     """muon takes matrices only; embeddings, the output layer, norms and biases stay with AdamW."""
-    learning_rate: float = 3e-4
+    learning_rate: PositiveOrZero = 3e-4
     """The highest learning rate."""
-    warmup_steps: int = 100
+    warmup_steps: CountOrZero = 100
     """Steps of linear warm-up from zero."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: falls to the end; wsd: stays, then falls linearly over the last decay_fraction."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """wsd: the share of all steps in which the learning rate falls."""
-    final_fraction: float = 0.1
+    final_fraction: Share = 0.1
     """The last learning rate, as a share of the highest."""
-    b1: float = 0.9
+    b1: ShareBelowOne = 0.9
     """Decay of the first moment (muon: of the momentum)."""
-    b2: float = 0.95
+    b2: ShareBelowOne = 0.95
     """Decay of the second moment (adamw, lion, and what muon leaves to AdamW)."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: PositiveOrZero = 0.1
     """Decoupled, times the learning rate; matrices only, never norms or biases."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: PositiveOrZero = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 for never."""
-    spike_factor: float = 10.0
+    spike_factor: PositiveOrZero = 10.0
     """Steps whose gradient norm exceeds its running mean by this factor are skipped; 0 for none."""
-    max_skipped_in_row: int = 20
+    max_skipped_in_row: Count = 20
     """After so many skipped steps (not finite, or a spike) in a row the run stops."""
 
     def __post_init__(self):
-        if self.warmup_steps < 0:
-            raise UserError(f"optimizer.warmup_steps={self.warmup_steps}; use 0 or more")
-        if not 0 <= self.decay_fraction <= 1:
-            raise UserError(f"optimizer.decay_fraction={self.decay_fraction}; use 0 to 1")
-        if self.max_skipped_in_row < 1:
-            raise UserError(
-                f"optimizer.max_skipped_in_row={self.max_skipped_in_row}; use 1 or more"
-            )
+        check_ranges(self, "optimizer.")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: jax.Array) -> jax.Array:

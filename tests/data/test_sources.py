@@ -106,7 +106,7 @@ def test_the_standard_library_is_there():
     [
         ({"kind": "text"}, "kind text has no path"),
         ({"kind": "stdlib", "path": "x"}, "takes no path"),
-        ({"weight": 0.0}, r"weight=0\.0; use a positive"),
+        ({"weight": 0.0}, r"weight=0\.0; use a number above 0"),
     ],
 )
 def test_a_source_that_cannot_be(fields, line):

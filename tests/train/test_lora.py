@@ -162,7 +162,7 @@ def test_what_has_no_adapters_is_refused_in_a_line(changes, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 0}, r"lora\.rank=0; use 1 or more"),
+        ({"rank": 0}, r"lora\.rank=0; use a number from 1 on"),
         ({"targets": ("q", "router")}, r"lora\.targets has 'router'; use some of q, k, v, o, gate"),
         ({"targets": ()}, r"lora\.targets=\(\); name each weight once, at least one"),
         ({"targets": ("q", "q")}, r"name each weight once"),
