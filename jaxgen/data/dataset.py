@@ -51,10 +51,10 @@ class PackedData:
 
     @property
     def eval_bytes_per_token(self) -> float:
-        """Bytes of held-out text a token; bits per byte = nats per token / ln 2 / this."""
+        """Bytes of held-out text a token that counts; bits per byte = loss / ln 2 / this."""
         splits = [manifest.eval for manifest in self.manifests]
-        tokens = sum(split.tokens if split.counted is None else split.counted for split in splits)
-        return sum(split.text_bytes for split in splits) / max(tokens, 1)
+        targets = sum(split.targets for split in splits)
+        return sum(split.text_bytes for split in splits) / max(targets, 1)
 
     @property
     def fingerprint(self) -> str:

@@ -106,17 +106,17 @@ class _SplitWriter:
         self.rows_per_shard = max(1, _SHARD_BYTES // (seq_len * dtype.itemsize))
         self._writer: ShardWriter | None = None
         self._digest = hashlib.sha256()
-        self.rows = self.tokens = self.text_bytes = 0
-        self.counted: int | None = None
+        self.rows = self.tokens = self.targets = self.text_bytes = 0
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Cuts ids into pieces of at most a row, and packs those."""
         self.tokens += len(ids)
         self.text_bytes += text_bytes
-        if ids.dtype == MASKED_TOKEN:
-            self.counted = (self.counted or 0) + int(ids["counted"].sum())
         for start in range(0, len(ids), self._seq_len):
-            for row in self._packer.add(ids[start : start + self._seq_len]):
+            piece = ids[start : start + self._seq_len]
+            masked = piece.dtype == MASKED_TOKEN
+            self.targets += int(piece["counted"][1:].sum()) if masked else len(piece) - 1
+            for row in self._packer.add(piece):
                 self._write(row)
 
     def finish(self) -> SplitInfo:
@@ -125,7 +125,7 @@ class _SplitWriter:
         self._close()
         shards = sorted(self._folder.glob(f"{self._split}-*"))
         sizes = tuple(shard.stat().st_size for shard in shards)
-        return SplitInfo(self.rows, self.tokens, self.text_bytes, sizes, self.counted)
+        return SplitInfo(self.rows, self.tokens, self.targets, self.text_bytes, sizes)
 
     def digest(self) -> bytes:
         return self._digest.digest()
@@ -224,9 +224,10 @@ def pack_documents(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     train, held_out = writers = [_SplitWriter(folder, s, seq_len, dtype) for s in SPLITS]
     block = max(1, _SPLIT_TOKENS // seq_len) * seq_len
-    num_documents, last = 0, None
+    num_documents, last, masked = 0, None, False
     for raw, size, ids in documents:
         num_documents += 1
+        masked = ids.dtype == MASKED_TOKEN
         key = hashlib.blake2b(raw, digest_size=8).digest()
         for part, start in enumerate(range(0, len(ids), block)):
             piece = ids[start : start + block]
@@ -249,9 +250,6 @@ def pack_documents(
             f"UTF-8, {report.empty} empty, {report.unanswered} without an answer; check the data "
             "source"
         )
-    masked = any(writer.counted is not None for writer in writers)
-    for writer in writers:
-        writer.counted = (writer.counted or 0) if masked else None
     info = [writer.finish() for writer in writers]
     manifest = Manifest(
         format=MASKED_FORMAT if masked else FORMAT,

@@ -19,9 +19,10 @@ from array_record.python.array_record_module import ArrayRecordWriter as ShardWr
 
 from jaxgen.errors import UserError
 
-FORMAT = 1
+# 1 and 2, whose manifests did not count targets, are packed again.
+FORMAT = 3
 # The format of conversations, which a reader that knows no masks must not take.
-MASKED_FORMAT = 2
+MASKED_FORMAT = 4
 MASKED_TOKEN = np.dtype([("id", np.int32), ("counted", np.bool_)])
 SPLITS = ("train", "eval")
 
@@ -32,12 +33,13 @@ class SplitInfo:
 
     rows: int
     tokens: int
+    targets: int
+    """Tokens that count in the loss: that follow another of their document in their row, and are
+    the assistant's in a conversation."""
     text_bytes: int
     """Bytes of UTF-8 that the tokens stand for; of conversations, those that count."""
     shard_bytes: tuple[int, ...]
     """Size of each shard's file."""
-    counted: int | None = None
-    """Of conversations, the tokens that count."""
 
 
 @dataclasses.dataclass(frozen=True)

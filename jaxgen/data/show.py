@@ -7,7 +7,7 @@ import numpy as np
 from jaxgen.data.config import DataConfig
 from jaxgen.data.dataset import PackedData, prepare
 from jaxgen.data.loader import Loader
-from jaxgen.data.rows import SPLITS
+from jaxgen.data.rows import MASKED_FORMAT, SPLITS
 from jaxgen.data.tokenizer import Tokenizer
 
 
@@ -31,7 +31,7 @@ def summary(packed: PackedData) -> str:
             f"  read     {manifest.files:,} files, {manifest.documents:,} documents; left out "
             f"{manifest.undecodable:,} not UTF-8, {manifest.empty:,} empty",
         ]
-        if manifest.train.counted is not None:
+        if manifest.format == MASKED_FORMAT:
             lines.append(
                 f"           {manifest.cut:,} longer than a row, which end with it; left out "
                 f"{manifest.unanswered:,} without an answer in it"
@@ -42,9 +42,8 @@ def summary(packed: PackedData) -> str:
             filled = info.tokens / max(info.rows * manifest.seq_len, 1)
             lines.append(
                 f"  {split:<9}{info.rows:,} rows of {manifest.seq_len}, {info.tokens:,} tokens "
-                f"({filled:.1%} of the rows), "
-                + ("" if info.counted is None else f"{info.counted:,} of them count, ")
-                + f"{info.text_bytes:,} bytes of text"
+                f"({filled:.1%} of the rows), {info.targets:,} of them count, "
+                f"{info.text_bytes:,} bytes of text"
             )
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def evaluate(
         evaluation: `evaluate_batch`, compiled.
         model: the parameters to measure.
         batches: held-out batches.
-        bytes_per_token: of the held-out text under its tokenizer; it makes the loss comparable
+        bytes_per_token: bytes of held-out text a token that counts; it makes the loss comparable
             between tokenizers.
     """
     # All batches are dispatched before the first result is read.

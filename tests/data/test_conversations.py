@@ -77,12 +77,12 @@ def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind):
     assert manifest.format == rows.MASKED_FORMAT
     for info, its in ((manifest.train, train), (manifest.eval, held_out)):
         assert info.tokens == sum(len(ids) for ids, _ in its)
-        assert info.counted == sum(sum(counted) for _, counted in its)
+        assert info.targets == sum(sum(counted) for _, counted in its)
         said = [np.asarray(ids)[np.asarray(counted)] for ids, counted in its]
         assert info.text_bytes == sum(len(found.decode(x, special=True).encode()) for x in said)
     text = pack(packed.config, SEQ_LEN)
     assert "1 longer than a row, which end with it; left out 1 without an answer in it" in text
-    assert f"{manifest.train.counted:,} of them count" in text
+    assert f"{manifest.train.targets:,} of them count" in text
 
 
 def test_targets_count_where_the_assistant_says_them(tmp_path):
@@ -130,7 +130,7 @@ def test_the_template_and_the_field_belong_to_the_pack(tmp_path):
     )
     batches = [Loader(prepare(c, SEQ_LEN), 2).host_batch(1) for c in (given, again)]
     np.testing.assert_array_equal(batches[0].weights, batches[1].weights)
-    assert Manifest.read(first.folders[0]).train.counted == first.manifests[0].train.counted
+    assert Manifest.read(first.folders[0]).train.targets == first.manifests[0].train.targets
 
 
 def test_text_and_conversations_mix(tmp_path):

@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 from corpus import texts
 
+from jaxgen.data.config import DataConfig
+from jaxgen.data.dataset import prepare
 from jaxgen.data.documents import ReadReport
+from jaxgen.data.loader import Loader
 from jaxgen.data.pack import RowPacker, encode_texts, pack_documents
 from jaxgen.data.rows import Manifest, PackedRows, decode_row, encode_row
+from jaxgen.data.sources import Source
 from jaxgen.data.tokenizer import Tokenizer
 from jaxgen.errors import UserError
 
@@ -60,8 +64,21 @@ def test_packed_rows_are_the_documents(tmp_path, monkeypatch):
     assert manifest.documents == 150
     for info, found, its in ((manifest.train, train, kept), (manifest.eval, held_out, out)):
         assert info.tokens == sum(map(len, found))
+        assert info.targets == info.tokens - len(found)
         assert info.text_bytes == sum(len(document.encode()) for document in its)
     assert Manifest.read(tmp_path / "p") == manifest
+
+
+def test_bits_per_byte_divide_by_the_bytes_that_the_loss_is_of(tmp_path):
+    """In documents of 3 bytes between two marks, 4 of 5 tokens count."""
+    documents = [f"{number:03d}" for number in range(400)]
+    manifest = pack(tmp_path / "p", documents, eval_fraction=0.5)
+    rows = PackedRows(tmp_path / "p", manifest, "eval")
+    config = DataConfig((Source("packed", str(tmp_path / "p")),))
+    packed = prepare(config, SEQ_LEN)
+    batches = Loader(packed, 4).held_out(len(rows))
+    assert manifest.eval.targets == sum(batch.weights.sum() for batch in batches)
+    assert packed.eval_bytes_per_token == 3 / 4
 
 
 def test_packing_twice_gives_the_same_rows(tmp_path):
@@ -131,7 +148,7 @@ def test_damage_is_named(tmp_path):
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"format": 0}))
-    with pytest.raises(UserError, match="has format 0, not 1"):
+    with pytest.raises(UserError, match="has format 0, not 3 or 4; pack it again"):
         Manifest.read(folder)
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError, match="is damaged"):

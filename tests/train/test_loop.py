@@ -212,7 +212,7 @@ def test_the_evaluation_before_the_first_step_and_after_the_last(straight, confi
         loss, packed = plain_held_out(config, folder, model)
         np.testing.assert_allclose(found[step]["eval_loss"], loss, rtol=1e-6)
         manifest = packed.manifests[0].eval
-        bits = loss / math.log(2) * manifest.tokens / manifest.text_bytes
+        bits = loss / math.log(2) * manifest.targets / manifest.text_bytes
         np.testing.assert_allclose(found[step]["eval_bits_per_byte"], bits, rtol=1e-6)
     assert found[12]["eval_loss"] < found[0]["eval_loss"]
 
