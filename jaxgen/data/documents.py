@@ -148,21 +148,21 @@ def _parquet_records(file: File, columns: list[str]) -> Iterator[tuple[str, dict
     with open_bytes(file.url) as content:
         try:
             table = pyarrow.parquet.ParquetFile(content)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file.url} is not a Parquet file: {error}") from None
-        names = table.schema_arrow.names
-        if columns[0] not in names:
-            raise UserError(
-                f"{file.url} has no column {columns[0]!r} but {', '.join(names)}; "
-                "set the source's text_field"
-            )
-        number = 0
-        for batch in table.iter_batches(
-            batch_size=1024, columns=[name for name in columns if name in names]
-        ):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file.url}:{number}", record
+            names = table.schema_arrow.names
+            if columns[0] not in names:
+                raise UserError(
+                    f"{file.url} has no column {columns[0]!r} but {', '.join(names)}; "
+                    "set the source's text_field"
+                )
+            number = 0
+            for batch in table.iter_batches(
+                batch_size=1024, columns=[name for name in columns if name in names]
+            ):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file.url}:{number}", record
+        except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+            raise UserError(f"{file.url} is not a Parquet file, or damaged: {error}") from None
 
 
 def _text_of(value: Any, where: str, text_field: str) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal, get_args
@@ -241,15 +242,14 @@ def open_bytes(url: str) -> Iterator[IO[bytes]]:
     """Yields a file at any location to read from, decompressed by its name.
 
     Raises:
-        UserError: it is missing or cannot be read.
+        UserError: it is missing or cannot be read; also while it is read.
     """
     with _advice(url):
         import fsspec
 
         opened: Any = fsspec.open(url, "rb", compression="infer")
-        file = opened.open()
-    with file:
-        yield file
+        with opened.open() as file:
+            yield file
 
 
 @contextmanager
@@ -263,8 +263,9 @@ def _advice(url: str) -> Iterator[None]:
         raise UserError(f"{url} does not exist; check the path") from None
     except ImportError as error:
         raise UserError(f"{url} cannot be read: {error}") from None
-    except OSError as error:
-        raise UserError(f"{url} cannot be used: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"{url} cannot be used: {said}") from None
     except ValueError as error:
         if "Protocol not known" not in str(error):
             raise

@@ -1,10 +1,13 @@
 import gzip
 import json
+import random
 import sys
 
 import fsspec
 import pytest
 
+from jaxgen.data.config import DataConfig
+from jaxgen.data.dataset import prepare
 from jaxgen.data.documents import ReadReport, read_documents
 from jaxgen.data.sources import Source, list_files
 from jaxgen.errors import UserError
@@ -130,6 +133,41 @@ def test_a_path_that_cannot_be_read(tmp_path):
     ):
         with pytest.raises(UserError, match=line):
             list_files(Source("text", path))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "a.jsonl.gz cannot be used: Not a gzipped file"),
+        (gzip.compress(b'{"text": "x"}')[:-9], "a.jsonl.gz cannot be used: Compressed file ended"),
+        (gzip.compress(b"")[:10] + b"\xff" * 20, "a.jsonl.gz cannot be used: Error -3"),
+    ],
+)
+def test_a_damaged_file_is_named_and_not_the_cache(tmp_path, content, message, tokenizer):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    source = Source("jsonl", f"{tmp_path}/a.jsonl.gz")
+    with pytest.raises(UserError) as error:
+        prepare(DataConfig((source,), tokenizer, cache_dir=str(tmp_path / "cache")), 64)
+    assert message in str(error.value)
+    assert list((tmp_path / "cache").glob("*.partial")) == []
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    draw = random.Random(0)
+    table = pyarrow.table({"text": ["".join(draw.choices("abcdef ", k=50)) for _ in range(500)]})
+    parquet.write_table(table, path, compression="snappy", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[2000:2100] = b"\xff" * 100
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be used: Corrupt snappy"):
+        read(Source("parquet", str(path)))
+    parquet.write_table(pyarrow.table({"text": ["x" * 99]}), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"x" * 99, b"\xff" * 99))
+    with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file, or damaged: 'utf-8'"):
+        read(Source("parquet", str(path)))
 
 
 @pytest.mark.parametrize(
