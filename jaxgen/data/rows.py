@@ -89,9 +89,9 @@ class Manifest:
                 fields[split] = SplitInfo(**split_fields)
             fields["undecodable_examples"] = tuple(fields["undecodable_examples"])
             return Manifest(**fields)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} is not a folder of packed rows; pack it first") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {folder} and try again") from None
 
 
@@ -118,15 +118,25 @@ class PackedRows:
         return self.info.rows
 
     def __getitem__(self, index: int) -> list[np.ndarray]:
-        """Returns the segments of one row as int32 ids, or as `MASKED_TOKEN`."""
+        """Returns the segments of one row as int32 ids, or as `MASKED_TOKEN`.
+
+        Raises:
+            UserError: its bytes are not those that were written.
+        """
         shard, record = divmod(index, self.manifest.rows_per_shard)
-        with self._lock:
-            if shard not in self._readers:
-                # No read-ahead: rows are read in shuffled order.
-                self._readers[shard] = ArrayRecordReader(
-                    str(self._shards[shard]), "readahead_buffer_size:0,max_parallelism:0"
-                )
-            raw = self._readers[shard].read([record])[0]
+        path = self._shards[shard]
+        try:
+            with self._lock:
+                if shard not in self._readers:
+                    # No read-ahead: rows are read in shuffled order.
+                    self._readers[shard] = ArrayRecordReader(
+                        str(path), "readahead_buffer_size:0,max_parallelism:0"
+                    )
+                raw = self._readers[shard].read([record])[0]
+        except (RuntimeError, IndexError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); delete {path.parent} and pack it again"
+            ) from None
         return decode_row(raw, np.dtype(self.manifest.token_dtype))
 
 

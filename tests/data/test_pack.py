@@ -146,6 +146,11 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match=r"train-00000\.array_record has \d+ bytes where"):
         PackedRows(folder, manifest, "train")
     path = folder / "manifest.json"
+    whole = path.read_bytes()
+    path.write_bytes(b"\xff" + whole)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .*; delete .*p and try again"):
+        Manifest.read(folder)
+    path.write_bytes(whole)
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"format": 0}))
     with pytest.raises(UserError, match="has format 0, not 3 or 4; pack it again"):
@@ -154,8 +159,21 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         Manifest.read(folder)
     path.unlink()
-    with pytest.raises(UserError, match="not a folder of packed rows"):
-        Manifest.read(folder)
+    for no_folder in (folder, shard):
+        with pytest.raises(UserError, match="is not a folder of packed rows; pack it first"):
+            Manifest.read(no_folder)
+
+
+def test_rows_whose_bytes_are_not_those_written_are_named(tmp_path):
+    folder = tmp_path / "p"
+    manifest = pack(folder, texts(60))
+    shard = folder / "train-00000.array_record"
+    content = bytearray(shard.read_bytes())
+    content[1000:1100] = bytes(byte ^ 255 for byte in content[1000:1100])
+    shard.write_bytes(content)
+    found = PackedRows(folder, manifest, "train")
+    with pytest.raises(UserError, match=r"train-00000\.array_record is damaged .*; delete .*p and"):
+        [found[index] for index in range(len(found))]
 
 
 def test_no_document_at_all(tmp_path):
