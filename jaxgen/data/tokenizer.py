@@ -6,6 +6,7 @@ and every one of them is a file that other software can read.
 
 import hashlib
 import json
+import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -145,6 +146,8 @@ class Tokenizer:
         folder, _, name = path.rpartition("/")
         if not name.endswith(".json"):
             folder, name = path, "tokenizer.json"
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise UserError(f"{path} is not a tokenizer; give a tokenizer.json or its folder")
         folder = folder or "."
         text = sources.read_bytes(f"{folder}/{name}")
         try:

@@ -293,6 +293,10 @@ def test_what_is_no_tokenizer(tmp_path):
     path.write_text('{"model": 3}')
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.load(str(path))
+    (tmp_path / "c.py").write_text("config = 1")
+    for other in (str(tmp_path / "c.py"), "/dev/null"):
+        with pytest.raises(UserError, match=f"^{other} is not a tokenizer; give a tokenizer.json"):
+            Tokenizer.load(other)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not a tokenizer"):
         Tokenizer.load(str(path))
