@@ -77,7 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "rows scored at once (default: by their length)",
     },
     "--seed": _number("S", "of draws; of sampling, each prompt after the first adds 1", 0),
-    "--step": _number("N", "the step whose batch is shown", 0),
+    "--step": _number("N", "the step whose batch is shown, as in metrics.jsonl: the first is 1", 1),
     "--steps": _number("N", "training steps that are timed, after two that are not", 20),
     "--json": {"action": "store_true", "help": "print one JSON object"},
     "--min-bytes": _number("B", "the first size", 2**16),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from jaxgen.errors import UserError
 
 # What the int32 of a device counts to.
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Range:
     def text(self, value: int | float = 0) -> str:
         """Names it: `from 1 on`, `above 0`; with the end of int32 where a value is past that."""
         low = f"{'above' if self.open_low else 'from'} {self.low}"
-        if self.high == math.inf or (self.high == _MAX_INT and not value > _MAX_INT):
+        if self.high == math.inf or (self.high == MAX_INT and not value > MAX_INT):
             return low if self.open_low else f"{low} on"
         return f"{low} to {'below ' if self.open_high else ''}{self.high}"
 
 
-Count = Annotated[int, Range(1, _MAX_INT)]
-CountOrZero = Annotated[int, Range(0, _MAX_INT)]
+Count = Annotated[int, Range(1, MAX_INT)]
+CountOrZero = Annotated[int, Range(0, MAX_INT)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(0, open_low=True)]
 PositiveOrZero = Annotated[float, Range(0)]

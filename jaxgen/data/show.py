@@ -9,6 +9,8 @@ from jaxgen.data.dataset import PackedData, prepare
 from jaxgen.data.loader import Loader
 from jaxgen.data.rows import MASKED_FORMAT, SPLITS
 from jaxgen.data.tokenizer import Tokenizer
+from jaxgen.errors import UserError
+from jaxgen.ranges import MAX_INT
 
 
 def pack(config: DataConfig, seq_len: int) -> str:
@@ -59,12 +61,17 @@ def show(
         config: the data of the run.
         seq_len: tokens a row.
         batch_size: global rows a step.
-        step: counted from 0.
+        step: as in metrics.jsonl, where the first is 1; the loader's is one less.
         max_rows: how many rows to show; None for all.
+
+    Raises:
+        UserError: no run has such a step.
     """
+    if not 1 <= step <= MAX_INT:
+        raise UserError(f"--step {step}; use a number from 1 to {MAX_INT}")
     packed = prepare(config, seq_len)
     loader = Loader(packed, batch_size)
-    batch, (sources, indices) = loader.host_batch(step), loader.locate(step)
+    batch, (sources, indices) = loader.host_batch(step - 1), loader.locate(step - 1)
     shown = batch_size if max_rows is None else min(max_rows, batch_size)
     lines = [
         f"step {step}: {batch_size} rows of {seq_len} tokens; {int(batch.weights.sum())} targets, "

@@ -209,5 +209,5 @@ def _stop_if_broken(config: "TrainConfig", written: dict[str, Any] | None) -> No
             f"{limit} steps in a row were skipped until step {written['step']} (loss "
             f"{written['loss']}, gradient norm {written['grad_norm']}): lower "
             "optimizer.learning_rate, raise optimizer.warmup_steps, or look at the data with "
-            "jaxgen data show"
+            f"jaxgen data show --step {written['step']}"
         )

@@ -108,7 +108,7 @@ def test_targets_count_where_the_assistant_says_them(tmp_path):
 
 
 def test_what_counts_is_marked_when_it_is_shown(tmp_path):
-    text = show(config(tmp_path, write_jsonl(tmp_path, CONVERSATIONS)), SEQ_LEN, 4, 0)
+    text = show(config(tmp_path, write_jsonl(tmp_path, CONVERSATIONS)), SEQ_LEN, 4, 1)
     number = re.search(r"Say (\d+)", text)[1]
     answer = f"⟦ word{number} word{number} word{number}.</s>⟧"
     assert f"<s>[INST] Say {number} é😀 [/INST]{answer}[INST] Again [/INST]⟦ {number}!</s>⟧" in text

@@ -1,14 +1,16 @@
 import corpus
+import pytest
 
 from jaxgen.data.dataset import prepare
 from jaxgen.data.loader import Loader
 from jaxgen.data.show import pack, show
+from jaxgen.errors import UserError
 
 
 def test_show_prints_the_text_of_the_step(tmp_path):
     config = corpus.config(tmp_path)
     text = show(config, 256, 4, 2)
-    batch = Loader(prepare(config, 256), 4).host_batch(2)
+    batch = Loader(prepare(config, 256), 4).host_batch(1)
     assert text.startswith(f"step 2: 4 rows of 256 tokens; {int(batch.weights.sum())} targets, ")
     assert text.count("=== row ") == 4
     assert text.count("--- document ") == batch.segments.max(axis=1).sum()
@@ -23,6 +25,13 @@ def test_show_prints_the_text_of_the_step(tmp_path):
     assert show(config, 256, 4, 2) == text
     assert show(config, 256, 4, 3) != text
     assert show(config, 256, 4, 2, max_rows=1).count("=== row ") == 1
+
+
+@pytest.mark.parametrize("step", [-1, 0, 2**31, 10**20])
+def test_a_step_that_no_run_has_is_refused_before_anything_is_packed(tmp_path, step):
+    with pytest.raises(UserError, match=f"--step {step}; use a number from 1 to 2147483647"):
+        show(corpus.config(tmp_path), 256, 4, step)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_pack_prints_what_was_packed(tmp_path):
