@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         place = error.filename or "writing a file"
         message = f"{place}: {error.strerror}; make room there or choose another place"
-    print("jaxgen:", " ".join(message.split()), file=sys.stderr)
+    # A message that names the command has said who speaks.
+    print("jaxgen:", " ".join(message.split()).removeprefix("jaxgen "), file=sys.stderr)
     return 2
 
 
@@ -128,8 +129,11 @@ def _split(argv: list[str], options: list[str]) -> tuple[list[str], dict[str, st
         if hint:
             raise UserError(f"no option {name}{hint}")
         value = value if equals else next(tokens, None)
-        if value is None or (value.startswith("--") and not equals):
-            raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE")
+        if value is None or (value.startswith("--") and not equals) or " " in name:
+            before = rest[-1] if rest else ""
+            takes = before in options and OPTIONS[before].get("action") != "store_true"
+            meant = f"; for a value of {before}: {before}={token!r}" if takes else ""
+            raise UserError(f"{name} needs a value: {name} VALUE or {name}=VALUE{meant}")
         overrides[name[2:]] = value
     return rest, overrides
 
@@ -141,6 +145,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog, add_help=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if " expected " in message and message.endswith("argument"):
+            option = message.removeprefix("argument ").partition(":")[0]
+            message += f"; if its value begins with a dash: {option}=VALUE"
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -35,6 +35,7 @@ def refused(capsys, *argv):
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("jaxgen: ")
+    assert not err.startswith("jaxgen: jaxgen")
     assert list(Path.cwd().iterdir()) == []
     return err.removeprefix("jaxgen: ").rstrip("\n")
 
@@ -50,10 +51,10 @@ def run_python(*args):
         (["trian"], "no command 'trian'; did you mean train?"),
         (["frobnicate"], "no command 'frobnicate'; see jaxgen --help"),
         (["serve", "runs/tiny"], "runs/tiny is no model"),
-        (["data"], "jaxgen data takes pack or show"),
-        (["bench", "srve"], "jaxgen bench takes train or collectives or serve, not 'srve'"),
-        (["bench", "serve"], "jaxgen bench serve needs one of MODEL, to serve it, and --url of a"),
-        (["train"], "jaxgen train needs CONFIG.py[:name]: a Python file"),
+        (["data"], "data takes pack or show"),
+        (["bench", "srve"], "bench takes train or collectives or serve, not 'srve'"),
+        (["bench", "serve"], "bench serve needs one of MODEL, to serve it, and --url of a"),
+        (["train"], "train needs CONFIG.py[:name]: a Python file"),
         (["train", "nope.py"], "no config file nope.py"),
         (["train", TINY, "--train.stesp", "3"], "no field --train.stesp; did you mean --train.st"),
         (["train", TINY, "--steps", "3"], "no field --steps; did you mean --train.steps?"),
@@ -64,13 +65,20 @@ def run_python(*args):
         (["train", TINY, "extra"], "unrecognized arguments: extra; see jaxgen train --help"),
         (["train", TINY, "--devices", "x"], "argument --devices: invalid int value: 'x'"),
         (["train", TINY, "--devices", "0"], "--devices 0; use a positive number of devices"),
+        (["generate", "x", "--prompt", "-- a"], "; for a value of --prompt: --prompt='-- a'"),
+        (["generate", "x", "--prompt", "-- a", "b"], "; for a value of --prompt: --prompt='-- a'"),
+        (["generate", "x", "--prompt", "--a", "--chat"], "for a value of --prompt: --prompt='--a'"),
+        (
+            ["generate", "x", "--prompt", "-x"],
+            "if its value begins with a dash: --prompt=VALUE; see",
+        ),
         (["doctor", "--mesh.fsdp", "4"], "no field --mesh.fsdp"),
         (["bench", "collectives", "--mesh.dta", "4"], "no field --mesh.dta; did you mean --mesh.d"),
         (["bench", "collectives", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["generate", "runs/none", "--prompt", "x"], "runs/none is no model; give a run directory"),
-        (["convert"], "jaxgen convert takes from-gguf or to-hf"),
-        (["convert", "to-hf"], "jaxgen convert to-hf needs MODEL: a run directory such as"),
-        (["convert", "to-hf", "runs/none"], "jaxgen convert to-hf needs DIR: the folder to write"),
+        (["convert"], "convert takes from-gguf or to-hf"),
+        (["convert", "to-hf"], "convert to-hf needs MODEL: a run directory such as"),
+        (["convert", "to-hf", "runs/none"], "convert to-hf needs DIR: the folder to write"),
         (["convert", "to-hf", "runs/none", "out"], "runs/none is no model"),
         (["convert", "to-hf", "x", "y", "z"], "unrecognized arguments: z"),
         (["convert", "to-hf", "x", "y", "--dtype", "int8"], "argument --dtype: invalid choice"),

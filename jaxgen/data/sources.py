@@ -45,6 +45,11 @@ class Source:
             )
         if self.kind != "stdlib" and not self.path:
             raise UserError(f"data source of kind {self.kind} has no path; give a file or a glob")
+        if self.kind == "packed" and "://" in self.path:
+            raise UserError(
+                f"data source path={self.path!r} of kind packed is a URL; packed rows are read at "
+                "random, so copy them to a folder on this machine"
+            )
         if self.kind == "stdlib" and self.path:
             raise UserError(
                 f"data source path={self.path!r} has kind=stdlib, which takes no path; "

@@ -109,6 +109,7 @@ def test_the_standard_library_is_there():
     [
         ({"kind": "text"}, "kind text has no path"),
         ({"kind": "stdlib", "path": "x"}, "takes no path"),
+        ({"kind": "packed", "path": "gs://b/x"}, "path='gs://b/x' of kind packed is a URL; "),
         ({"weight": 0.0}, r"weight=0\.0; use a number above 0"),
     ],
 )

@@ -375,7 +375,7 @@ def test_the_command_starts_a_server_of_a_model(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([], "jaxgen bench serve needs one of MODEL, to serve it, and --url of a server"),
+        ([], "jaxgen: bench serve needs one of MODEL, to serve it, and --url of a server"),
         (["--url", "http://x", "--rate", "1", "--concurrency", "2"], "--rate is of an open load"),
         (["--url", "http://x", "--output-tokens", "many"], "--output-tokens many: expected a num"),
         (["--url", "http://x", "--max-ttft", "0"], "--max-ttft 0.0; use seconds, above 0"),
