@@ -235,6 +235,13 @@ def _pack(
                 file=sys.stderr,
             )
 
+        if report.cut or report.unanswered:
+            print(
+                f"data: at train.seq_len={seq_len}, {report.cut} conversations of {source.name} "
+                f"are longer and end with it; left out {report.unanswered} without an answer in it",
+                file=sys.stderr,
+            )
+
     return build_once(cache / f"rows-{_hash(key_of)[:24]}", build)
 
 

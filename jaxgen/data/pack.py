@@ -245,10 +245,12 @@ def pack_documents(
         spare = eval_fraction > 0 and train.tokens > 0 and held_out.tokens == 0
         (held_out if spare else train).add(*last)
     if num_documents == 0:
+        late = report.unanswered
         raise UserError(
-            f"{source} holds no text: {files} files, {report.undecodable} documents that are not "
-            f"UTF-8, {report.empty} empty, {report.unanswered} without an answer; check the data "
-            "source"
+            f"{source} holds {'nothing to learn' if late else 'no text'}: {files} files, "
+            f"{report.undecodable} documents that are not UTF-8, {report.empty} empty, {late} "
+            f"without an answer in their first {seq_len} tokens; check the data source"
+            + (", or raise train.seq_len" if late else "")
         )
     info = [writer.finish() for writer in writers]
     manifest = Manifest(

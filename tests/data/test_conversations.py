@@ -56,7 +56,7 @@ def segments(packed, split):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind):
+def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind, capfd):
     source = write_jsonl(tmp_path, CONVERSATIONS)
     if kind == "parquet":
         parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
@@ -65,6 +65,10 @@ def test_rows_are_conversations_and_what_counts_of_them(tmp_path, kind):
         source = Source("chat", f"{tmp_path}/*.parquet")
     packed = prepare(config(tmp_path, source), SEQ_LEN)
     (manifest,), found = packed.manifests, tokenizer("mistral")
+    done, told = capfd.readouterr().err.splitlines()[-2:]
+    assert done.startswith("data: packed ")
+    assert told.startswith(f"data: at train.seq_len={SEQ_LEN}, 1 conversations of {tmp_path}")
+    assert told.endswith(" are longer and end with it; left out 1 without an answer in it")
     expected = {}
     for messages in CONVERSATIONS[:-1]:
         ids, counted = encode_chat(found, messages)
@@ -206,5 +210,7 @@ def test_a_tokenizer_without_template_is_refused_at_once(tmp_path, name):
 
 
 def test_nothing_to_learn_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="holds no text: 1 files.* 2 without an answer"):
+    with pytest.raises(
+        UserError, match="nothing to learn: 1 files.* 2 without .* raise train.seq_len"
+    ):
         prepare(config(tmp_path, write_jsonl(tmp_path, [LATE, TURNS[:1]])), SEQ_LEN)
