@@ -23,11 +23,14 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     def is_variable(node: Any) -> bool:
         return isinstance(node, nnx.Variable)
 
-    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    leaves = jax.tree.leaves(tree)
-    assert len(names) == len(leaves), "an nnx.Variable holds one array"
-    return list(zip(names, leaves, strict=True))
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, node in nodes
+        for leaf in jax.tree.leaves(node)  # None where optax masks a parameter.
+    ]
+    assert len(dict(named)) == len(named), "an nnx.Variable holds one array"
+    return named
 
 
 def _path(name: str) -> list[str]:
