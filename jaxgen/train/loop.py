@@ -93,7 +93,8 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         if first == config.train.steps and jax.process_index() == 0:
             print(f"{run_dir} has done all of its {first} steps", flush=True)
         about = {"config": to_json(config), "data": packed.fingerprint, "init": note}
-        if jax.process_index() == 0:
+        # Nothing is trained with another config: that of a finished run stays true.
+        if first < config.train.steps and jax.process_index() == 0:
             save_config(config, run_dir)
             packed.tokenizer.save(str(run_dir / TOKENIZER))
         metrics = stack.enter_context(

@@ -48,19 +48,25 @@ def open_origin(config: "TrainConfig") -> "Pretrained | None":
     from jaxgen.pretrained import open_model
 
     origin = open_model(config.init)
-    pairs = zip(fields.walk(config.model), fields.walk(origin.config), strict=True)
-    for ours, theirs in pairs:
+    if found := _difference(config.model, origin.config):
+        name, given, there = found
+        raise UserError(
+            f"{name}={given} and {config.init} has {there}; "
+            f"use that, or --init {config.init}, which takes its whole shape"
+        )
+    return origin
+
+
+def _difference(model: Any, other: Any) -> tuple[str, str, str] | None:
+    """The first field in which weights mean something else: its name, and both values as text."""
+    for ours, theirs in zip(fields.walk(model), fields.walk(other), strict=True):
         absent = ours.in_absent_group and theirs.in_absent_group
         if ours.path in FREE or absent or ours.value == theirs.value:
             continue
         if ours.is_group and ours.value and theirs.value:
             continue  # Its fields follow.
-        given, there = (fields.value_text(field.value) for field in (ours, theirs))
-        raise UserError(
-            f"model.{ours.path}={given} and {config.init} has {there}; "
-            f"use that, or --init {config.init}, which takes its whole shape"
-        )
-    return origin
+        return (f"model.{ours.path}", *(fields.value_text(field.value) for field in (ours, theirs)))
+    return None
 
 
 def note_of(origin: "Pretrained") -> dict[str, Any]:
@@ -73,7 +79,7 @@ def note_of(origin: "Pretrained") -> dict[str, Any]:
 
 
 def check_same_origin(config: "TrainConfig", about: dict[str, Any], directory: Any) -> None:
-    """A run that is resumed has the origin and the kind of adapters that it has had.
+    """A run that is resumed has the origin, the model and the kind of adapters that it has had.
 
     Raises:
         UserError: they differ; both are named.
@@ -86,3 +92,10 @@ def check_same_origin(config: "TrainConfig", about: dict[str, Any], directory: A
                 f"{name}={now[name]!r}, but {directory} was trained with {then!r}; "
                 "use that, or give another --run-dir"
             )
+    trained = fields.from_json(type(config.model), about["config"]["model"])
+    if found := _difference(config.model, trained):
+        name, given, there = found
+        raise UserError(
+            f"{name}={given}, but {directory} was trained with {there}; "
+            f"use {name}={there}, or give another --run-dir"
+        )

@@ -35,6 +35,10 @@ def losses(run_dir):
     return {line["step"]: line["loss"] for line in lines(run_dir) if "loss" in line}
 
 
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def devices_of(config):
     return make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.sizes.values())])
 
@@ -134,9 +138,10 @@ def test_a_run_goes_on_with_the_same_rows_on_another_mesh(mesh, straight, config
 
 
 def test_a_finished_run_does_nothing_more(straight, config, folder):
-    before = (folder / "straight" / "metrics.jsonl").read_bytes()
-    state = train(config, folder / "straight", devices_of(config))
-    assert (folder / "straight" / "metrics.jsonl").read_bytes() == before
+    before = files(folder / "straight")
+    again = other(config, train={"seed": 5}, optimizer={"learning_rate": 1.0})
+    state = train(again, folder / "straight", devices_of(config))
+    assert files(folder / "straight") == before
     for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(straight.state), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -166,6 +171,15 @@ def other(config, **changes):
         ({"data": {"eval_fraction": 0.3}}, r"the data is not what .* was trained on"),
         ({"train": {"steps": 5}}, r"has done 6 steps and train\.steps=5; raise it"),
         ({"model": {"mlp_dim": 64}}, r"of another model: model/layers/mlp/\S+ is float32\[2, "),
+        (
+            {"model": {"rope_theta": 77.0}},
+            r"model\.rope_theta=77\.0, but .* trained with 10000\.0; ",
+        ),
+        (
+            {"model": {"activation": "gelu"}},
+            r"model\.activation=gelu, but .* trained with silu; use",
+        ),
+        ({"model": {"norm_plus_one": True}}, r"model\.norm_plus_one=true, but .* with false; use"),
         ({"optimizer": {"name": "lion"}}, r"of another optimizer: opt_state/"),
     ],
 )
@@ -173,15 +187,11 @@ def test_what_cannot_be_resumed_is_one_line(changes, message, config, half_way, 
     # It is refused whatever the compiler does meanwhile.
     monkeypatch.setattr(loop, "lower_step", lambda *_: None)
     monkeypatch.setattr(loop, "lower_evaluation", lambda *_: None)
-
-    def files():
-        return {path: path.read_bytes() for path in half_way.rglob("*") if path.is_file()}
-
-    before = files()
+    before = files(half_way)
     with pytest.raises(UserError, match=message) as caught:
         train(other(config, **changes), half_way, devices_of(config))
     assert "\n" not in str(caught.value)
-    assert files() == before
+    assert files(half_way) == before
 
 
 def plain_held_out(config, folder, model):

@@ -1,4 +1,4 @@
-"""Every optimizer's state comes back from disk as it was, and the run goes on as if never stopped."""
+"""Every optimizer's state comes back from disk as it was, on any mesh."""
 
 import dataclasses
 import shutil
