@@ -1,17 +1,18 @@
-"""Several processes as one run: start, bounded barriers, one agreed value, preemption.
+"""Several processes as one run: start, bounded barriers, agreed values, preemption.
 
 Everything here is local, or does nothing, on one process. Nothing reads the environment by itself:
 the command line hands it in.
 """
 
 import collections
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -116,6 +117,25 @@ def share(name: str, value: str | None, timeout_s: float = 600.0) -> str:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise TimeoutError(f"process 0 did not share {name!r} within {timeout_s:g} s") from error
+
+
+def agree(name: str, decide: Callable[[], Any], timeout_s: float = 600.0) -> Any:
+    """Returns what process 0 decides, a JSON value, on every process.
+
+    Raises:
+        UserError: process 0 raised it.
+        TimeoutError: process 0 did not decide in time.
+    """
+    said = None
+    if jax.process_index() == 0:
+        try:
+            said = json.dumps({"decision": decide()})
+        except UserError as error:
+            said = json.dumps({"error": str(error)})
+    answer = json.loads(share(name, said, timeout_s))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["decision"]
 
 
 class Preemption:

@@ -1,11 +1,7 @@
 """The steps in a directory of checkpoints: which there are, which is intact, which are kept."""
 
-import json
 import sys
-from collections.abc import Callable
-from typing import Any
 
-import jax
 from etils import epath
 
 from jaxgen import distributed
@@ -39,11 +35,13 @@ class Steps:
 
     def choose(self, step: int | None, only: str | None) -> record.Record:
         """Returns the record of `step`, or of the newest that is intact in the part `only`."""
-        return record.read(self.folder(self._agree(lambda: self._find(step, only))))
+        found = distributed.agree("checkpoint", lambda: self._find(step, only), self._timeout_s)
+        return record.read(self.folder(found))
 
     def check_writable(self) -> None:
         """Raises UserError on every process if an object store does not take writes."""
-        self._agree(lambda: address.check_writable(self.directory))
+        check = address.check_writable
+        distributed.agree("checkpoint", lambda: check(self.directory), self._timeout_s)
 
     def make_room(self, step: int) -> None:
         """Removes what interrupted saves left, once, and what a damaged one left at this step."""
@@ -71,19 +69,6 @@ class Steps:
         for old in {*steps, *self._damaged} - {*kept}:
             self._remove(old)
             self._damaged.discard(old)
-
-    def _agree(self, decide: Callable[[], Any]) -> Any:
-        """What process 0 decides, or the UserError that it raises, on every process."""
-        said = None
-        if jax.process_index() == 0:
-            try:
-                said = json.dumps({"decision": decide()})
-            except UserError as error:
-                said = json.dumps({"error": str(error)})
-        answer = json.loads(distributed.share("checkpoint", said, self._timeout_s))
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer["decision"]
 
     def _find(self, step: int | None, only: str | None) -> int:
         found = self._all()

@@ -30,6 +30,7 @@ from jaxgen.train.program import (
     relayout,
     stored_state,
 )
+from jaxgen.train.run_dir import RunDirectory
 from jaxgen.train.start import Program, start
 from jaxgen.train.step import TrainState
 
@@ -81,6 +82,8 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint)
         )
         checkpoints.check_writable()
+        directory = stack.enter_context(RunDirectory(run_dir))
+        directory.claim()
         programs = [lower_step]
         if config.eval.every_steps:
             programs.append(lower_evaluation)
@@ -93,6 +96,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         if first == config.train.steps and jax.process_index() == 0:
             print(f"{run_dir} has done all of its {first} steps", flush=True)
         about = {"config": to_json(config), "data": packed.fingerprint, "init": note}
+        directory.claim(make=True)
         # Nothing is trained with another config: that of a finished run stays true.
         if first < config.train.steps and jax.process_index() == 0:
             save_config(config, run_dir)

@@ -65,7 +65,8 @@ def _difference(model: Any, other: Any) -> tuple[str, str, str] | None:
             continue
         if ours.is_group and ours.value and theirs.value:
             continue  # Its fields follow.
-        return (f"model.{ours.path}", *(fields.value_text(field.value) for field in (ours, theirs)))
+        given, there = (fields.value_text(field.value) for field in (ours, theirs))
+        return f"model.{ours.path}", given, there
     return None
 
 

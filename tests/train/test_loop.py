@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_runs import ONE, max_relative, run_config
 
+from jaxgen.checkpoint.address import resolve
 from jaxgen.checkpoint.manager import CheckpointConfig
 from jaxgen.data.dataset import prepare
 from jaxgen.data.loader import Loader
@@ -21,6 +22,7 @@ from jaxgen.train import loop
 from jaxgen.train.evaluate import EvalConfig
 from jaxgen.train.loop import LoopConfig, train
 from jaxgen.train.program import batch_sharding, make_state
+from jaxgen.train.run_dir import RunDirectory
 
 FOUR = MeshConfig(data=2, fsdp=2)
 STEPS, SAVED = 12, 6
@@ -192,6 +194,25 @@ def test_what_cannot_be_resumed_is_one_line(changes, message, config, half_way, 
         train(other(config, **changes), half_way, devices_of(config))
     assert "\n" not in str(caught.value)
     assert files(half_way) == before
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(config, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"not a run directory: .*; give another --run-dir"):
+        train(config, tmp_path, devices_of(config))
+    assert files(tmp_path) == before
+
+
+def test_one_trains_in_a_directory_at_a_time(config, half_way):
+    before = files(half_way)
+    with RunDirectory(resolve(half_way)) as first:
+        first.claim()
+        with pytest.raises(UserError, match=f"another training is under way in {half_way}; stop"):
+            train(config, half_way, devices_of(config))
+    assert files(half_way) == before
+    with RunDirectory(resolve(half_way)) as next_one:
+        next_one.claim()
 
 
 def plain_held_out(config, folder, model):
