@@ -96,6 +96,10 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         if first == config.train.steps and jax.process_index() == 0:
             print(f"{run_dir} has done all of its {first} steps", flush=True)
         about = {"config": to_json(config), "data": packed.fingerprint, "init": note}
+        held_out = _HeldOut(config, loader, *evaluation)
+        for traced in begun.traced:
+            traced.result()
+        # Nothing more is refused: from here on the run leaves files.
         directory.claim(make=True)
         # Nothing is trained with another config: that of a finished run stays true.
         if first < config.train.steps and jax.process_index() == 0:
@@ -111,7 +115,6 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
                 devices=mesh.devices.flatten().tolist(),
             )
         )
-        held_out = _HeldOut(config, loader, *evaluation)
         if first == 0 and held_out.every:
             metrics.write(0, {}, **held_out(state.decoder))
         checkpoints.preload()

@@ -41,6 +41,8 @@ class Start:
     """What a run begins with; a program's future is read when it is first needed."""
 
     mesh: Mesh
+    traced: tuple[Future[Any], ...]
+    """Of each program: fails with what its tracing refuses, long before it is compiled."""
     programs: tuple[Future[Program], ...]
     loader: Loader
     data_s: float
@@ -76,7 +78,8 @@ def start(
         jax.set_mesh(mesh),
         concurrent.futures.ThreadPoolExecutor(len(lower), "compile") as pool,
     ):
-        programs = [pool.submit(_compile, one, config, mesh, data_found) for one in lower]
+        traced = [pool.submit(_timed, lambda one=one: one(config, mesh)) for one in lower]
+        programs = [pool.submit(_compile, one, mesh, data_found) for one in traced]
         begin = time.perf_counter()
         try:
             found = find(config.data, config.train.seq_len)
@@ -89,14 +92,16 @@ def start(
         packed = found.pack()
         check_vocab(packed.tokenizer, config.model.vocab_size)
         loader = Loader(packed, config.train.batch_size, batch_sharding(config, mesh))
-        yield Start(mesh, tuple(programs), loader, time.perf_counter() - begin)
+        yield Start(mesh, tuple(traced), tuple(programs), loader, time.perf_counter() - begin)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    return call(), time.perf_counter() - begin
 
 
 def _compile(
-    lower: Callable[["TrainConfig", Mesh], jax.stages.Lowered],
-    config: "TrainConfig",
-    mesh: Mesh,
-    data_found: Future[None],
+    traced: Future[tuple[jax.stages.Lowered, float]], mesh: Mesh, data_found: Future[None]
 ) -> Program:
     me, hits = threading.get_ident(), []
 
@@ -105,15 +110,12 @@ def _compile(
         if event == _CACHE_HIT and threading.get_ident() == me:
             hits.append(event)
 
-    begin = time.perf_counter()
-    lowered = lower(config, mesh)
-    lower_s = time.perf_counter() - begin
+    lowered, lower_s = traced.result()
     data_found.result()  # Cancelled, it ends this thread.
     jax.monitoring.register_event_listener(listen)
     try:
-        begin = time.perf_counter()
-        compiled = lowered.compile(compiler_options=compiler_options(mesh))
-        compile_s = time.perf_counter() - begin
+        options = compiler_options(mesh)
+        compiled, compile_s = _timed(lambda: lowered.compile(compiler_options=options))
     finally:
         jax.monitoring.unregister_event_listener(listen)
     on = jax.config.values.get("jax_compilation_cache_dir")

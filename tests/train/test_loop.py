@@ -204,6 +204,19 @@ def test_a_folder_that_is_not_a_run_is_left_alone(config, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"eval_fraction": 0.0}}, r"nothing is held out at data\.eval_fraction=0\.0; "),
+        ({"compute": {"attention": "cudnn"}}, "cudnn"),
+    ],
+)
+def test_what_cannot_start_leaves_nothing(changes, message, config, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(other(config, **changes), tmp_path / "run", devices_of(config))
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_trains_in_a_directory_at_a_time(config, half_way):
     before = files(half_way)
     with RunDirectory(resolve(half_way)) as first:
