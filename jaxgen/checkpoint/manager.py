@@ -90,15 +90,17 @@ class CheckpointManager:
         """The newest step whose save was completed, or None."""
         return max(self.all_steps(), default=None)
 
-    def check_writable(self) -> None:
-        """Asks an object store whether it takes writes, before anything is computed for it.
+    def check_usable(self) -> None:
+        """Looks at what is there, and asks an object store for writes, before anything is computed.
 
         Raises:
-            UserError: it does not (no bucket, no permission, no answer), or Orbax cannot.
+            UserError: it takes none (no bucket, no permission, no answer), Orbax cannot, or there
+                are checkpoints and each has lost its record.
         """
         if self._in_s3:
             s3.teach_orbax()
         self._steps.check_writable()
+        self._steps.check_records(self.config.save_every_steps)
 
     def folder(self, step: int) -> epath.Path:
         """Where the checkpoint of a step is, or would be."""

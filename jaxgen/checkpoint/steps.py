@@ -43,6 +43,15 @@ class Steps:
         check = address.check_writable
         distributed.agree("checkpoint", lambda: check(self.directory), self._timeout_s)
 
+    def check_records(self, save_every_steps: int) -> None:
+        """Raises UserError on every process if all checkpoints have lost their record.
+
+        A first save that was interrupted has none either; it is named in a warning.
+        """
+        distributed.agree(
+            "checkpoint", lambda: self._check_records(save_every_steps), self._timeout_s
+        )
+
     def make_room(self, step: int) -> None:
         """Removes what interrupted saves left, once, and what a damaged one left at this step."""
         if not self._swept:
@@ -70,6 +79,19 @@ class Steps:
             self._remove(old)
             self._damaged.discard(old)
 
+    def _check_records(self, save_every_steps: int) -> None:
+        found = self._all()
+        if not found or any(complete for _, complete in found):
+            return
+        newest = self.folder(found[-1][0])
+        # Before a second save begins, or one of a later step, the first is complete.
+        if len(found) > 1 or found[-1][0] > save_every_steps:
+            raise UserError(
+                f"no checkpoint in {self.directory} has its {record.RECORD} (newest: "
+                f"{newest.name}); restore the files, remove the folders to start again, or give another --run-dir"
+            )
+        _warn(newest, f"its save was interrupted (no {record.RECORD}); training starts again")
+
     def _find(self, step: int | None, only: str | None) -> int:
         found = self._all()
         if step is not None:
@@ -84,11 +106,7 @@ class Steps:
             damage = self._damage(candidate, only)
             if damage is None:
                 return candidate
-            print(
-                f"jaxgen: warning: checkpoint {self.folder(candidate)} is not used: {damage}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _warn(self.folder(candidate), damage)
             rejected.append(f"{candidate} ({damage})")
             if complete:
                 self._damaged.add(candidate)
@@ -125,3 +143,9 @@ class Steps:
         # The record first: a folder that is half removed must not look complete.
         (folder / record.RECORD).unlink(missing_ok=True)
         folder.rmtree()
+
+
+def _warn(folder: epath.Path, damage: str) -> None:
+    print(
+        f"jaxgen: warning: checkpoint {folder} is not used: {damage}", file=sys.stderr, flush=True
+    )

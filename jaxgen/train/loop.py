@@ -81,7 +81,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
         checkpoints = stack.enter_context(
             CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint)
         )
-        checkpoints.check_writable()
+        checkpoints.check_usable()
         directory = stack.enter_context(RunDirectory(run_dir))
         directory.claim()
         programs = [lower_step]

@@ -125,7 +125,7 @@ PROCESSES = """
     mesh, other = mesh_of(fsdp=4), mesh_of(fsdp=2, tensor=2)
     states = {step: jax.block_until_ready(new_state(mesh, seed=step)) for step in (1, 2, 3)}
     with CheckpointManager(folder, CheckpointConfig(keep_last=2)) as manager:
-        manager.check_writable()
+        manager.check_usable()
         for step, state in states.items():
             manager.save(step, state, {"data": step})
     distributed.barrier("saved", 60)
@@ -139,7 +139,7 @@ PROCESSES = """
             same = [(a == b).all() for a, b in zip(jax.tree.leaves(state), wanted)]
         print(step, metadata, all(bool(flag.addressable_shards[0].data) for flag in same))
     try:
-        CheckpointManager(sys.argv[1].replace("jaxgen", "absent") + "/run").check_writable()
+        CheckpointManager(sys.argv[1].replace("jaxgen", "absent") + "/run").check_usable()
     except UserError as error:
         print(error)
     distributed.barrier("end", 60)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,6 +263,26 @@ def test_absent_and_surplus_arrays_are_named(tmp_path, mesh):
     wrong = dataclasses.replace(whole, step=jax.ShapeDtypeStruct((), jnp.float32))
     with pytest.raises(UserError, match=r"step is int32\[\] in it and float32\[\]"):
         manager.restore(wrong)
+
+
+def test_checkpoints_without_a_record_are_not_overwritten(tmp_path, mesh, capsys):
+    save_all(tmp_path, mesh, (10, 20))
+    manager = CheckpointManager(tmp_path, CheckpointConfig(save_every_steps=10))
+    no_metadata(tmp_path / "00000010")
+    manager.check_usable()
+    no_metadata(tmp_path / "00000020")
+    with pytest.raises(UserError, match=r"no checkpoint in .* has its jaxgen.json \(newest: 0+20"):
+        manager.check_usable()
+    shutil.rmtree(tmp_path / "00000010")
+    with pytest.raises(UserError, match=r"newest: 0+20\); restore the files, remove the folders"):
+        manager.check_usable()
+    assert capsys.readouterr().err == ""
+    # But the first save of all may have been interrupted.
+    (tmp_path / "00000020").rename(tmp_path / "00000010")
+    manager.check_usable()
+    said = capsys.readouterr().err
+    assert f"warning: checkpoint {tmp_path}/00000010 is not used: its save was inter" in said
+    assert said.count("\n") == 1
 
 
 def test_keep_rules(tmp_path, mesh):

@@ -217,6 +217,15 @@ def test_what_cannot_start_leaves_nothing(changes, message, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_lost_its_records_is_not_begun_again(config, half_way):
+    (half_way / "checkpoints/00000006/jaxgen.json").unlink()
+    before = files(half_way)
+    config = other(config, checkpoint={"save_every_steps": 3})
+    with pytest.raises(UserError, match=r"no checkpoint in .* has its jaxgen\.json"):
+        train(config, half_way, devices_of(config))
+    assert files(half_way) == before
+
+
 def test_one_trains_in_a_directory_at_a_time(config, half_way):
     before = files(half_way)
     with RunDirectory(resolve(half_way)) as first:
