@@ -6,9 +6,11 @@ checkpoints/00001000/opt_state/...   reads nothing else
 checkpoints/00001000/scalars/...     the fields that are single arrays, such as the step
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -240,6 +242,9 @@ class CheckpointManager:
         if isinstance(error, UserError):
             raise error
         if reason := blame(error):
+            if jax.process_index() == 0 and address.is_local(self.directory):
+                with contextlib.suppress(OSError):  # What failed once may fail again.
+                    self._steps.sweep()
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.directory}: {reason}"
             ) from error
@@ -259,4 +264,10 @@ class CheckpointManager:
 
 
 def _orbax() -> Any:
+    # Its threads log a traceback each of what they fail with; we raise it.
+    logging.getLogger("absl").addFilter(_is_news)
     return importlib.import_module("orbax.checkpoint.experimental.v1")
+
+
+def _is_news(logged: logging.LogRecord) -> bool:
+    return "_SignalingThread.run() raised" not in str(logged.msg)

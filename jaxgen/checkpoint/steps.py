@@ -53,20 +53,24 @@ class Steps:
         )
 
     def make_room(self, step: int) -> None:
-        """Removes what interrupted saves left, once, and what a damaged one left at this step."""
+        """Sweeps once, and removes what a damaged save left at this step."""
         if not self._swept:
             if address.is_local(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
             address.check_writable(self.directory)
-            for path in self._entries():
-                if "orbax-checkpoint-tmp" in path.name:
-                    path.rmtree()
-            for found, complete in self._all():
-                if not complete:
-                    self.folder(found).rmtree()
+            self.sweep()
             self._swept = True
         if self.folder(step).exists():
             self._remove(step)
+
+    def sweep(self) -> None:
+        """Removes what interrupted and failed saves left."""
+        for path in self._entries():
+            if "orbax-checkpoint-tmp" in path.name:
+                path.rmtree()
+        for found, complete in self._all():
+            if not complete:
+                self.folder(found).rmtree()
 
     def prune(self, newest: int, keep_last: int, keep_every_steps: int) -> None:
         """Applies the keep rules after `newest` was saved."""
@@ -88,7 +92,8 @@ class Steps:
         if len(found) > 1 or found[-1][0] > save_every_steps:
             raise UserError(
                 f"no checkpoint in {self.directory} has its {record.RECORD} (newest: "
-                f"{newest.name}); restore the files, remove the folders to start again, or give another --run-dir"
+                f"{newest.name}); restore the files, remove the folders to start again, or give "
+                "another --run-dir"
             )
         _warn(newest, f"its save was interrupted (no {record.RECORD}); training starts again")
 

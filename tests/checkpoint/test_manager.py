@@ -403,6 +403,7 @@ def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path, mesh, sma
     with pytest.raises(UserError, match="step 2 cannot be written to .*: a file would be") as e:
         getattr(manager, call)(*arguments)
     assert "\n" not in str(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
     small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     manager.check()  # Raised once.
     assert manager.all_steps() == [1]
@@ -428,6 +429,7 @@ try:
     manager.close()
 except UserError as error:
     print(error)
+print(*manager.directory.iterdir())
 """
     mount = 'mount -t tmpfs -o size=1m none "$1" && exec "$2" -c "$3" "$1"'
     command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, script]
@@ -440,7 +442,9 @@ except UserError as error:
     assert done.returncode == 0, done.stderr
     said = f"the checkpoint of step 1 cannot be written to {tmp_path}: no space is left; free some"
     assert done.stdout.startswith(said)
-    assert done.stdout.count("\n") == 1
+    assert done.stdout.count("\n") == 2
+    assert done.stdout.endswith("\n\n"), "something is left"
+    assert done.stderr == ""
 
 
 def test_our_own_mistakes_keep_their_type(tmp_path, mesh):
