@@ -73,6 +73,7 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
 
     Raises:
         UserError: something in the config, the data or the run directory cannot work.
+        KeyboardInterrupt: after a Ctrl-C, when the state is saved. SIGTERM saves and returns.
     """
     from jaxgen.config import CHECKPOINTS, TOKENIZER, save_config
 
@@ -136,6 +137,8 @@ def train(config: "TrainConfig", run_dir: epath.PathLike, mesh: Mesh | None = No
             if stopping:
                 break
         checkpoints.wait()
+    if preemption.signal == "SIGINT":
+        raise KeyboardInterrupt  # What was to follow a whole run must not.
     return state
 
 

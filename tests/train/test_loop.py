@@ -1,9 +1,12 @@
 """Whole runs in this process: resumed on another mesh, refused, evaluated, compiled once."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -295,6 +298,22 @@ def test_a_run_stops_after_so_many_skipped_steps_in_a_row(config, tmp_path, monk
     assert [line["step"] for line in found] == list(range(1, 10))
     assert found[1]["loss"] is None
     assert found[4]["loss"] is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_only_ctrl_c_is_an_error(number, config, half_way, monkeypatch):
+    write = MetricWriter.write
+
+    def stop(writer, step, *args, **values):
+        os.kill(os.getpid(), number)
+        return write(writer, step, *args, **values)
+
+    monkeypatch.setattr(MetricWriter, "write", stop)
+    is_error = number == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt) if is_error else contextlib.nullcontext():
+        train(config, half_way, devices_of(config))
+    assert lines(half_way)[-1]["step"] == SAVED + 1
+    assert (half_way / "checkpoints/00000007/jaxgen.json").exists()
 
 
 def test_without_evaluation_nothing_is_compiled_for_it(config, tmp_path, monkeypatch):
