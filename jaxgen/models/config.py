@@ -4,7 +4,6 @@ D embed, N heads, K kv heads, H head dim, F mlp.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh
@@ -93,12 +92,6 @@ class DecoderConfig:
                 "model.layer_pattern has local layers and model.sliding_window is None; "
                 "set the window in tokens"
             )
-        # Rotary frequencies fall from 1 by the base; a cap of 0 would leave no scores.
-        above = {"rope_theta": 1, "rope_local_theta": 1}
-        for name, least in (above | {"attention_soft_cap": 0, "logit_soft_cap": 0}).items():
-            value = getattr(self, name)
-            if value is not None and not least < value < math.inf:
-                raise UserError(f"model.{name}={value}; use a number above {least}")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"model.activation={self.activation!r}; use {', '.join(ACTIVATIONS)}")
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen.errors import UserError
+from jaxgen.ranges import Count, Positive, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,26 +22,23 @@ class RopeScaling:
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
     """linear: all frequencies divided; llama3, yarn: only those slower than the trained length."""
-    factor: float = 1.0
+    factor: Positive = 1.0
     """How many times longer sequences get."""
-    original_max_seq_len: int = 8192
+    original_max_seq_len: Count = 8192
     """Tokens in the longest sequence of the original training (llama3, yarn)."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """llama3: waves longer than original_max_seq_len / this are divided by `factor`."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """llama3: waves shorter than original_max_seq_len / this stay."""
-    beta_fast: float = 32.0
+    beta_fast: Positive = 32.0
     """yarn: frequencies that turn more often than this over the trained length stay."""
-    beta_slow: float = 1.0
+    beta_slow: Positive = 1.0
     """yarn: frequencies that turn less often than this over the trained length are divided."""
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
     """yarn: factor on cos and sin; None for 0.1 * ln(factor) + 1."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"RoPE scaling {field.name}={value}; use a number above 0")
+        check_ranges(self, "RoPE scaling ")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 raise UserError(
