@@ -40,7 +40,7 @@ ALLOWED = {
     "pretrained": BASE
     | {"config", "models", "nn", "data", "checkpoint", "formats", "tuned"}
     | {"published"},
-    "tuned": BASE | {"models", "nn", "checkpoint", "formats", "pretrained"},
+    "tuned": BASE | {"models", "nn", "checkpoint", "formats", "pretrained", "published"},
     "published": BASE | {"models", "data", "formats", "pretrained"},
     "train": BASE
     | {"compiler", "distributed", "metrics", "nn", "models", "data", "checkpoint", "config"}
