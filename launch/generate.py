@@ -12,9 +12,9 @@ A laptop, on eight simulated devices, whatever the model was trained on:
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python launch/generate.py runs/mine "def main("
 """
 
+import argparse
 import dataclasses
 import os
-import sys
 
 import jax
 
@@ -23,9 +23,9 @@ from jaxgen import distributed
 
 sampling = jaxgen.SamplingConfig(max_tokens=64, temperature=0.8, top_p=0.95)
 
-if __name__ == "__main__":
-    location, *prompts = sys.argv[1:] or ["runs/mine"]
-    prompts = prompts or ["def main("]
+
+def main(location: str, prompts: list[str]) -> None:
+    """Prints each prompt and what the model makes of it."""
     distributed.initialize(os.environ)
     jaxgen.enable_compilation_cache()
     pretrained = jaxgen.open_model(location)
@@ -39,3 +39,16 @@ if __name__ == "__main__":
     if jax.process_index() == 0:
         for prompt, completion in zip(prompts, completions, strict=True):
             print(prompt + completion)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="runs/mine")
+    parser.add_argument("prompts", nargs="*", default=["def main("])
+    args = parser.parse_args()
+    try:
+        main(args.model, args.prompts)
+    except jaxgen.UserError as error:
+        parser.exit(2, f"{error}\n")

@@ -13,8 +13,8 @@ A laptop, on eight simulated devices (small, or it takes a day):
 Every argument after the run directory sets a field. The same command again resumes the run.
 """
 
+import argparse
 import os
-import sys
 
 import jaxgen
 from jaxgen import distributed
@@ -40,8 +40,18 @@ config = jaxgen.TrainConfig(
 )
 
 if __name__ == "__main__":
-    run_dir, *fields = sys.argv[1:] or ["runs/mine"]
-    config = jaxgen.override(config, dict(field.split("=", 1) for field in fields))
-    distributed.initialize(os.environ)
-    jaxgen.enable_compilation_cache()
-    train(config, run_dir)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", nargs="?", default="runs/mine")
+    parser.add_argument("fields", nargs="*", metavar="field=value")
+    args = parser.parse_args()
+    try:
+        if wrong := [field for field in args.fields if "=" not in field]:
+            raise jaxgen.UserError(f"{wrong[0]} sets nothing; use field=value")
+        config = jaxgen.override(config, dict(field.split("=", 1) for field in args.fields))
+        distributed.initialize(os.environ)
+        jaxgen.enable_compilation_cache()
+        train(config, args.run_dir)
+    except jaxgen.UserError as error:
+        parser.exit(2, f"{error}\n")

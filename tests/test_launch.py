@@ -20,8 +20,8 @@ train.steps=12 train.batch_size=8 train.seq_len=32 eval.every_steps=0 metrics.te
 """
 
 
-def run(script, *args):
-    """Runs a script on four simulated devices; returns what it printed."""
+def started(script, *args, folder=None):
+    """Runs a script on four simulated devices."""
     environ = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -29,7 +29,12 @@ def run(script, *args):
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
     }
     command = [sys.executable, str(ROOT / "launch" / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=folder)
+
+
+def run(script, *args):
+    """Returns what a script printed."""
+    done = started(script, *args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -64,3 +69,27 @@ def test_generate_continues_each_prompt_from_run_and_checkpoint(trained):
     assert len(texts) > sum(map(len, prompts)) + 20
     (newest,) = (trained / "checkpoints").glob("*12")
     assert run("generate.py", newest, *prompts) == texts
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.py", ("run", "train.steps"), "train.steps sets nothing; use field=value"),
+        ("train.py", ("run", "train.stesp=1"), "no field --train.stesp; did you mean"),
+        ("generate.py", ("nowhere",), "nowhere is no model; give a run directory"),
+    ],
+)
+def test_a_mistake_is_one_line(script, arguments, message, tmp_path):
+    done = started(script, *arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_help_does_nothing_else(script, tmp_path):
+    done = started(script, "--help", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python3 {script} gs://BUCKET/" in done.stdout
+    assert not list(tmp_path.iterdir())
