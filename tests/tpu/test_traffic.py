@@ -39,10 +39,14 @@ def share(devices):
     return (devices - 1) / devices
 
 
+def dense_width(model):
+    return 0 if model.moe else model.mlp_dim
+
+
 def weights(model):
-    """Bytes of the matrices of all layers, and of one table of the vocabulary, in bf16."""
+    """Bytes of all layers' matrices but experts, and of one table of the vocabulary, in bf16."""
     D, N, K, H = model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    layer = D * (2 * N + 2 * K) * H + 3 * D * model.mlp_dim
+    layer = D * (2 * N + 2 * K) * H + 3 * D * dense_width(model)
     return SIZE * model.num_layers * layer, SIZE * model.vocab_size * D
 
 
@@ -79,8 +83,12 @@ def reduced_whole(model, devices):
     """Gradients that the compiler does not scatter but reduces and slices, twice the bytes: of the
     matrices whose columns are split, which are output projections and the head."""
     D, N, H = model.embed_dim, model.num_heads, model.head_dim
-    mlp = 0 if model.moe else model.mlp_dim
-    return share(devices) * SIZE * D * (model.vocab_size + model.num_layers * (N * H + mlp))
+    return (
+        share(devices)
+        * SIZE
+        * D
+        * (model.vocab_size + model.num_layers * (N * H + dense_width(model)))
+    )
 
 
 def gather_once(model, devices):
@@ -112,8 +120,7 @@ def pipeline(model, devices):
 
 def expert(model, devices):
     stream = share(devices) * SIZE * ROWS * TOKENS * model.embed_dim
-    dense = dataclasses.replace(model, mlp_dim=0, moe=None)
-    found = fsdp(dense, devices)
+    found = fsdp(model, devices)
     found["all-gather"] += 3 * stream * model.num_layers
     found["reduce-scatter"] += 2 * stream * model.num_layers
     return found
@@ -124,7 +131,7 @@ def expert_sent(model, devices, capacity=None):
     stream = share(devices) * SIZE * ROWS * TOKENS * model.embed_dim
     per_token, local = model.moe.num_experts_per_tok, model.moe.num_experts / devices
     room = min(per_token, local, (capacity or devices) * per_token / devices)
-    found = fsdp(dataclasses.replace(model, mlp_dim=0, moe=None), devices)
+    found = fsdp(model, devices)
     found["all-to-all"] += 5 * room * stream * model.num_layers
     return found
 
