@@ -68,7 +68,6 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
     lines = Lines(args.input, args.model.tokenizer(), _sampling(args), **sizes)
     total = lines.count()
     join()
-    import jax
 
     from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
@@ -82,9 +81,7 @@ def _answer_file(args: argparse.Namespace, config: Any) -> None:
     settings = EngineConfig(
         max_num_seqs=min(total, MAX_NUM_SEQS), speculation="draft" if draft else "off"
     )
-    with jax.set_mesh(mesh):
-        engine = Engine(model, tokenizer, settings, draft=draft, donate=True)
-    with engine:
+    with Engine(model, tokenizer, settings, draft=draft, donate=True) as engine:
         stop_ids = args.model.generation.stop_ids
         answer_lines(engine, lines, args.output, total=total, stop_ids=stop_ids)
 
@@ -123,7 +120,6 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         variable=keys.ADMIN_VARIABLE,
     )
     join()
-    import jax
 
     from jaxgen.fit import fitting_mesh
     from jaxgen.pretrained import load_model
@@ -151,10 +147,9 @@ def _serve(args: argparse.Namespace, config: Any) -> int:
         draft = _load_draft(args, config, mesh)
         read_s = time.monotonic() - began
         _say(f"compiling, after {read_s:.1f} s")
-        with jax.set_mesh(mesh):
-            engine = Engine(
-                model, tokenizer, settings, draft=draft, weight_version=version, donate=True
-            )
+        engine = Engine(
+            model, tokenizer, settings, draft=draft, weight_version=version, donate=True
+        )
         compilations = engine.stats().compilations
         _say(f"{compilations} programs compiled, ready after {time.monotonic() - began:.1f} s")
         return describe(name, args.model, engine), engine

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxgen.errors import MeshError, UserError
-from jaxgen.sharding import AXES, MeshConfig, make_mesh, num_slices
+from jaxgen.sharding import AXES, MeshConfig, abstract_mesh, make_mesh, num_slices
 
 # Rows and shards are given up before what somebody chose for the model's sake.
 _WEIGHTS = {"data": 1.1, "fsdp": 1.0, "pipeline": 3.0, "context": 3.0, "tensor": 3.0, "expert": 3.0}
@@ -60,9 +60,8 @@ def nearest(config: Meshed, num_devices: int, slices: int = 1) -> MeshConfig | N
         if sizes[config.mesh.across_slices] % slices:
             continue
         found = MeshConfig(**sizes, across_slices=config.mesh.across_slices)
-        types = (AxisType.Explicit,) * len(AXES)
         try:
-            config.check(AbstractMesh(tuple(sizes.values()), AXES, axis_types=types))
+            config.check(abstract_mesh(found))
         except MeshError:
             continue
         except UserError:

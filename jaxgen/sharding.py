@@ -108,6 +108,11 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=types)
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """Returns the mesh of a config without devices; no size may be -1."""
+    return AbstractMesh(tuple(config.sizes.values()), AXES, (AxisType.Explicit,) * len(AXES))
+
+
 def num_slices(devices: Sequence[jax.Device]) -> int:
     """Returns over how many TPU slices these devices are; 1 for others."""
     if devices[0].platform != "tpu":

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxgen.checkpoint.tree import named_leaves
 from jaxgen.errors import UserError
@@ -20,7 +19,7 @@ from jaxgen.formats.families import Family, Tensor
 from jaxgen.formats.safetensors import Spec
 from jaxgen.models.config import DecoderConfig
 from jaxgen.models.decoder import Decoder
-from jaxgen.sharding import AXES
+from jaxgen.sharding import MeshConfig, abstract_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +112,7 @@ def tied(family: Family, model: Decoder) -> tuple[str, str] | None:
 
 def abstract_decoder(config: DecoderConfig) -> Decoder:
     """Returns the shapes of a model's parameters, on no device."""
-    mesh = AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(fsdp=1))):
         return jax.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
 
 

@@ -58,13 +58,10 @@ class Lattice:
 
     def __init__(self, model: Decoder, draft: Decoder | None, config: EngineConfig):
         """Compiles what it needs to find room for the pages, where devices state their memory."""
-        self._weights, self._structure = jax.tree.flatten(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                (model, draft),
-            )
+        self._model, self._draft = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (model, draft)
         )
-        self._model, self._draft = jax.tree.unflatten(self._structure, self._weights)
+        self._weights, self._structure = jax.tree.flatten((self._model, self._draft))
         self._config, self._mesh = config, jax.sharding.get_mesh()
         self.speculates = config.speculation != "off"
         self.shards = model.rules.shards("batch", self._mesh)

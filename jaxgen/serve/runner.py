@@ -65,7 +65,7 @@ class Runner:
             delivery.copy_to_host()
         return deliveries
 
-    def replace(self, staged: list[jax.Array], moved: Callable[[], None] = lambda: None) -> None:
+    def replace(self, staged: list[jax.Array], moved: Callable[[], None]) -> None:
         """Takes other weights, all alike but for their values, out of a list of arrays anywhere.
 
         Nothing may run. Leaf by leaf: devices hold one of them besides the models.
